@@ -28,7 +28,7 @@ def _ramp_table(stops: Stops) -> np.ndarray:
     levels = np.linspace(0.0, 1.0, _RAMP_LEVELS)
     colours = np.asarray(stops, dtype=np.float64) / 255.0
     table = np.stack([np.interp(levels, at, colours[:, channel]) for channel in range(3)], axis=1)
-    return cv2.GaussianBlur(table.astype(np.float32), (1, 0x3F), 12.0, borderType=cv2.BORDER_REPLICATE)
+    return cv2.GaussianBlur(table.astype(np.float32), (1, 63), 0, sigmaY=12.0, borderType=cv2.BORDER_REPLICATE)
 
 
 @lru_cache(maxsize=32)
@@ -99,7 +99,7 @@ def pencil(frame: np.ndarray) -> np.ndarray:
     """Graphite on warm paper: colour dodge against the blurred inverse, a little grey for body."""
     grey = _luma(_soften(frame, 1.1))
     dodge = np.clip(grey / (_blur(grey, 8.0) + 0.03), 0.0, 1.0)
-    tone = 0.84 * dodge * dodge + 0.16 * grey
+    tone = 0.80 * dodge * dodge + 0.20 * grey
     page = _colourise(tone, ((38, 40, 46), (128, 124, 120), (205, 198, 186), (248, 242, 229)))
     return _finish(page + _grain(*grey.shape, 1.6, 1))
 
@@ -126,7 +126,7 @@ def neon(frame: np.ndarray) -> np.ndarray:
     light = lines * hue
     glow = 0.9 * _blur(light, 2.5) + 0.9 * _blur(light, 7.0)
     floor = _colourise(tone, ((4, 3, 20), (12, 8, 44), (30, 14, 74)))
-    return _finish(floor + 0.75 * light + glow + 0.35 * lines * lines)
+    return _finish(floor + 0.65 * light + 0.9 * glow + 0.35 * lines * lines)
 
 
 def pixel(frame: np.ndarray) -> np.ndarray:
@@ -135,8 +135,8 @@ def pixel(frame: np.ndarray) -> np.ndarray:
     padded = cv2.copyMakeBorder(frame, 0, -height % 8, 0, -width % 8, cv2.BORDER_REPLICATE)
     cells = cv2.resize(padded, (padded.shape[1] // 4, padded.shape[0] // 4), interpolation=cv2.INTER_AREA)
     image = cells.astype(np.float32) / 255.0
-    stops = ((34, 20, 86), (50, 66, 172), (40, 148, 200), (110, 216, 176), (255, 228, 160), (255, 250, 226))
-    blocks = _finish(_grade(image, _soft_steps(_luma(image), 5), stops, 2.0))
+    stops = ((26, 20, 84), (84, 44, 140), (190, 80, 120), (246, 142, 112), (255, 206, 140), (142, 230, 216), (236, 255, 248))
+    blocks = _finish(_grade(image, _soft_steps(_luma(image), 5), stops, 1.0))
     return np.repeat(np.repeat(blocks, 4, axis=0), 4, axis=1)[:height, :width].copy()
 
 
@@ -155,10 +155,10 @@ def watercolour(frame: np.ndarray) -> np.ndarray:
         half = cv2.bilateralFilter(half, 7, 40, 5)
     image = _blur(cv2.resize(half, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.float32) / 255.0, 1.0)
     tone = _luma(image)
-    stops = ((104, 92, 150), (150, 150, 196), (204, 206, 222), (244, 232, 220), (253, 250, 243))
-    wash = _grade(image, _soft_steps(tone, 5, 0.6), stops, 1.35)
+    stops = ((78, 74, 140), (112, 152, 198), (204, 206, 218), (252, 230, 216), (254, 251, 245))
+    wash = _grade(image, _soft_steps(tone, 5, 0.6), stops, 1.5)
     rims = np.abs(_blur(tone, 3.0) - tone)[..., None]
-    return _finish(wash - 1.3 * rims + _grain(height, width, 1.8, 2))
+    return _finish(wash - 1.8 * rims + _grain(height, width, 1.8, 2))
 
 
 def oil(frame: np.ndarray) -> np.ndarray:
@@ -174,7 +174,7 @@ def oil(frame: np.ndarray) -> np.ndarray:
     total = sum(stack[y : y + height, x : x + width] for y in (0, 6) for x in (0, 6))
     dabs = _blur(total[..., :3] / total[..., 3:], 0.7)
     tone = _luma(dabs)
-    stops = ((8, 18, 62), (14, 60, 130), (40, 120, 160), (214, 170, 60), (255, 222, 110), (255, 246, 200))
+    stops = ((8, 18, 66), (18, 62, 138), (72, 130, 146), (196, 150, 78), (250, 204, 84), (255, 242, 190))
     return _finish(_grade(dabs, tone, stops, 0.9))
 
 
@@ -202,9 +202,9 @@ def golden_hour(frame: np.ndarray) -> np.ndarray:
     """Low sun: teal shadows, amber light, a warm bloom."""
     image = _soften(frame, 0.7)
     tone = _luma(image)
-    stops = ((0, 34, 52), (40, 66, 76), (196, 98, 40), (255, 168, 60), (255, 226, 150))
-    graded = _grade(image, tone, stops, 0.7)
-    bloom = _blur(_smoothstep(tone, 0.45, 1.0), 9.0)[..., None] * np.float32([0.40, 0.20, 0.03])
+    stops = ((0, 36, 56), (36, 74, 86), (194, 104, 60), (252, 168, 84), (255, 226, 164))
+    graded = _grade(image, tone, stops, 0.8)
+    bloom = _blur(_smoothstep(tone, 0.45, 1.0), 9.0)[..., None] * np.float32([0.32, 0.14, 0.02])
     return _finish(graded + bloom)
 
 
