@@ -86,7 +86,12 @@ def test_unknown_style_names_the_known_ones():
 
 @pytest.mark.parametrize(
     "frames",
-    [scene(), scene()[None].astype(np.float32), np.zeros((1, 40, 64, 3), np.uint8), np.zeros((1, 64, 64, 4), np.uint8)],
+    [
+        scene(),
+        scene()[None].astype(np.float32),
+        np.zeros((1, 40, 64, 3), np.uint8),
+        np.zeros((1, 64, 64, 4), np.uint8),
+    ],
 )
 def test_frames_of_the_wrong_kind_are_refused(frames):
     with pytest.raises(ValueError, match=r"uint8 \[T, H, W, 3\]"):
