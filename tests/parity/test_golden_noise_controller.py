@@ -10,7 +10,16 @@ import torch
 from streamdiff_core.noise_controller import NoiseControllerConfig, decide
 
 GOLDEN = Path(os.environ.get("STREAMDIFF_GOLDEN", Path(__file__).parents[2] / "../shared/golden"))
-CLIPS = ["static", "low_noise", "mid_noise", "high_noise", "ramp", "moving_square", "fast_square", "scene_cut"]
+CLIPS = [
+    "static",
+    "low_noise",
+    "mid_noise",
+    "high_noise",
+    "ramp",
+    "moving_square",
+    "fast_square",
+    "scene_cut",
+]
 
 
 @pytest.mark.parametrize("clip", CLIPS)
