@@ -1,13 +1,13 @@
 """Flow matching: noise levels, the two ways to write a prediction, and the lists of denoising steps.
 
 One convention everywhere: ``xt = (1 - sigma) * x0 + sigma * noise`` and ``velocity = noise - x0``, so that
-``x0 = xt - sigma * velocity``; sigma = 1 is pure noise and ``timestep = 1000 * sigma``. The released model looks sigma
-up in a table of 1000 shifted levels, which differs from ``timestep / 1000`` by at most half a grid step (0.008 near
-zero); `sigma_table` and `nearest_table_sigma` reproduce that look-up, everything else takes sigma as it is.
-This file decides no schedule (which chunk runs at which level): see ``schedules/``.
+``x0 = xt - sigma * velocity``; sigma = 1 is pure noise and ``timestep = 1000 * sigma``. The released model
+looks sigma up in a table of 1000 shifted levels, which differs from ``timestep / 1000`` by less than a
+grid step (0.008 at zero); `sigma_table` and `nearest_table_sigma` reproduce that look-up, everything else
+takes sigma as it is. This file decides no schedule (which chunk runs at which level): see ``schedules/``.
 
-Shapes: B rows, F latent frames, C channels, H height, W width. A sigma is a float or a tensor whose shape is a prefix
-of the latents' shape (``[B]`` or ``[B, F]`` against ``[B, F, C, H, W]``).
+Shapes: B rows, F latent frames, C channels, H height, W width. A sigma is a float or a tensor whose shape is
+a prefix of the latents' shape (``[B]`` or ``[B, F]`` against ``[B, F, C, H, W]``).
 Source: paper section 3; SPEC §4; SEEDS §2.
 """
 
@@ -28,12 +28,12 @@ def sigma_from_timestep(timestep: float | Tensor) -> float | Tensor:
 
 
 def shift_sigma(s: float | Tensor, shift: float) -> float | Tensor:
-    """Moves a linear level towards noise: ``shift * s / (1 + (shift - 1) * s)``; 0 and 1 stay where they are."""
+    """Moves a linear level towards noise: ``shift * s / (1 + (shift - 1) * s)``; 0 and 1 stay put."""
     return shift * s / (1 + (shift - 1) * s)
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
-    """Mixes clean latents with noise: ``(1 - sigma) * x0 + sigma * noise``, in float32 or better, in x0's dtype.
+    """Mixes in noise: ``(1 - sigma) * x0 + sigma * noise``, computed in float32 or better, in x0's dtype.
 
     Args:
         x0: clean latents [B, F, C, H, W].
@@ -57,7 +57,7 @@ def x0_from_velocity(xt: Tensor, velocity: Tensor, sigma: float | Tensor) -> Ten
 def velocity_from_x0(xt: Tensor, x0: Tensor, sigma: float | Tensor, min_sigma: float = 1e-3) -> Tensor:
     """Velocity that leads from xt to x0: ``(xt - x0) / sigma``, in float32 or better, in xt's dtype.
 
-    At sigma = 0 the velocity is not defined; sigma is held at `min_sigma` or above, so the result stays finite.
+    At sigma = 0 the velocity is not defined; sigma is held at `min_sigma` or above, so it stays finite.
     """
     dtype = _compute_dtype(xt, x0)
     level = _expand(sigma, xt, dtype)
@@ -76,7 +76,7 @@ def sigma_table(shift: float = 8.0, num: int = TIMESTEPS) -> Tensor:
 def nearest_table_sigma(timestep: float | Tensor, table: Tensor) -> float | Tensor:
     """Entry of the table nearest to ``timestep / 1000``, the way the released model reads its noise level.
 
-    With the default table 700 gives 0.70023 and 0 gives 0.00794. A float gives a float, a tensor its own shape.
+    With the default table 700 gives 0.70023 and 0 gives 0.00794. Floats give floats, tensors their own shape.
     """
     wanted = torch.as_tensor(timestep, dtype=table.dtype, device=table.device)
     nearest = (table * TIMESTEPS - wanted.unsqueeze(-1)).abs().argmin(dim=-1)
@@ -107,7 +107,9 @@ def select_steps(step_list: Sequence[float], num_steps: int, keep_zero: bool = F
 def warp_timesteps(timesteps: Sequence[float], shift: float = 8.0) -> list[float]:
     """Timesteps read as linear levels and shifted, e.g. 750 → 960 with shift 8 and 937.5 with shift 5.
 
-    Off in every released video-to-video configuration; models of the Self-Forcing family want it. Source: SPEC §4.
+    Off in every released video-to-video configuration; models of the Self-Forcing family want it.
+
+    Source: SPEC §4.
     """
     return [TIMESTEPS * shift_sigma(timestep / TIMESTEPS, shift) for timestep in timesteps]
 
@@ -139,7 +141,7 @@ def _expand(sigma: float | Tensor, x: Tensor, dtype: torch.dtype) -> float | Ten
     """Sigma shaped to multiply `x`: [B, F] → [B, F, 1, 1, 1]; floats pass."""
     if not isinstance(sigma, Tensor):
         return float(sigma)
-    if sigma.ndim > x.ndim or any(s not in (1, n) for s, n in zip(sigma.shape, x.shape)):
+    if sigma.ndim > x.ndim or any(s not in (1, n) for s, n in zip(sigma.shape, x.shape, strict=False)):
         raise ValueError(
             f"sigma of shape {tuple(sigma.shape)} is no prefix of the latents' shape {tuple(x.shape)}"
         )

@@ -1,9 +1,9 @@
 """Quality of an output video: warp error, flicker, drift, sharpness; plain definitions, no learned judge.
 
-Frames are uint8 [T, H, W, 3] RGB (NumPy or CPU tensor), or float in [0, 1]; differences are in grey levels of 255. `frames` is
-the output and `source` the input it was made from, frame by frame. The upstream evaluation's warp error wraps around
-modulo 256; `legacy_warp_error` reproduces that figure so that published numbers can be compared, and `warp_error` is the
-correct one. Latency, jitter and deadline misses are in `timing.py`.
+Frames are uint8 [T, H, W, 3] RGB (NumPy or CPU tensor), or float in [0, 1]; differences are in grey levels of
+255. `frames` is the output and `source` the input it was made from, frame by frame. The upstream evaluation's
+warp error wraps around modulo 256; `legacy_warp_error` reproduces that figure so that published numbers can
+be compared, and `warp_error` is the correct one. Latency, jitter and deadline misses are in `timing.py`.
 Source: paper tables 1 and 2; SPEC §9.3.
 """
 
@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
 import torch
 
 FlowPair: TypeAlias = tuple[np.ndarray, np.ndarray]
-"""Optical flow between frames i and i+1, float32 [H, W, 2] (x, y) in pixels: forward (lives on frame i, points into frame
-i+1) and backward (lives on frame i+1, points into frame i)."""
+"""Optical flow between frames i and i+1, float32 [H, W, 2] (x, y) in pixels: forward (on frame i, points into
+frame i+1) and backward (on frame i+1, points into frame i)."""
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
@@ -43,7 +44,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def flicker(frames: np.ndarray, source: np.ndarray, still_threshold: float = 2.0) -> float:
-    """Frame-to-frame change of the output where the input stands still, in grey levels [0, 255]; lower is steadier.
+    """Frame-to-frame change of the output where the input is still, in grey levels [0, 255]; lower is better.
 
     Args:
         frames: output [T, H, W, 3].
@@ -57,7 +58,7 @@ def flicker(frames: np.ndarray, source: np.ndarray, still_threshold: float = 2.0
     """
     _check_videos(frames, source)
     total, count = 0.0, 0
-    for (out_a, out_b), (src_a, src_b) in zip(_pairs(frames), _pairs(source)):
+    for (out_a, out_b), (src_a, src_b) in zip(_pairs(frames), _pairs(source), strict=True):
         still = np.abs(src_b - src_a).max(axis=-1) <= still_threshold  # [H, W]
         total += float(np.abs(out_b - out_a).mean(axis=-1)[still].sum(dtype=np.float64))
         count += int(still.sum())
@@ -67,28 +68,29 @@ def flicker(frames: np.ndarray, source: np.ndarray, still_threshold: float = 2.0
 def estimate_flow(source: np.ndarray) -> list[FlowPair]:
     """Optical flow of all frame pairs of a video [T, H, W, 3] by OpenCV's DIS estimator (medium preset).
 
-    The published figures use RAFT-large; DIS needs no weights and runs on a CPU. Another estimator's flow can be handed to
-    the warp errors instead. DIS cannot see frames under 12 pixels.
+    The published figures use RAFT-large; DIS needs no weights and runs on a CPU. Another estimator's flow can
+    be handed to the warp errors instead. DIS cannot see frames under 12 pixels.
     """
     import cv2
 
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     grey = [np.rint(_levels(frame) @ LUMA).astype(np.uint8) for frame in source]
-    return [(dis.calc(a, b, None), dis.calc(b, a, None)) for a, b in zip(grey, grey[1:])]
+    return [(dis.calc(a, b, None), dis.calc(b, a, None)) for a, b in pairwise(grey)]
 
 
 def warp_error(frames: np.ndarray, source: np.ndarray, flow: Sequence[FlowPair] | None = None) -> float:
-    """Mean absolute error, in grey levels [0, 255], of each output frame against the one before moved along the flow.
+    """Mean absolute error, in grey levels [0, 255], of each frame against the last moved along the flow.
 
-    The flow is measured on the source, so an output that moves exactly as its input does scores about 0. Pixels that were
-    hidden in the frame before are left out: forward and backward flow must cancel (`flow_is_consistent`). Mean over
-    frame pairs of the mean over valid pixels; NaN for fewer than two frames or when nothing is valid.
+    The flow is measured on the source, so an output that moves exactly as its input does scores about 0.
+    Pixels that were hidden in the frame before are left out: forward and backward flow must cancel
+    (`flow_is_consistent`). Mean over frame pairs of the mean over valid pixels; NaN for fewer than two frames
+    or when nothing is valid.
 
     Source: SPEC §9.3, corrected: float arithmetic and the occlusion mask of the frame compared.
     """
     _check_videos(frames, source)
     errors = []
-    for (before, now), (forward, backward) in zip(_pairs(frames), _flow_of(source, flow)):
+    for (before, now), (forward, backward) in zip(_pairs(frames), _flow_of(source, flow), strict=True):
         valid = flow_is_consistent(backward, forward)
         if valid.any():
             errors.append(np.abs(now - _warp(before, backward)).mean(axis=-1)[valid].mean(dtype=np.float64))
@@ -98,11 +100,12 @@ def warp_error(frames: np.ndarray, source: np.ndarray, flow: Sequence[FlowPair] 
 def legacy_warp_error(
     frames: np.ndarray, source: np.ndarray, flow: Sequence[FlowPair] | None = None
 ) -> float:
-    """The figure of the upstream evaluation, [0, 255]: not an error in grey levels, only for comparison with its tables.
+    """The figure of the upstream evaluation, [0, 255]: only for comparison with its tables.
 
-    Three defects are kept on purpose: differences of uint8 wrap around modulo 256 before the absolute value (an error of
-    −1 reads 255, so unbiased ±1 noise reads 128); pixels are masked by the occlusion of the earlier frame although the
-    later frame is compared; pixels from outside the picture count as black. Upstream's flow is RAFT-large.
+    Three defects are kept on purpose: differences of uint8 wrap around modulo 256 before the absolute value
+    (an error of −1 reads 255, so unbiased ±1 noise reads 128); pixels are masked by the occlusion of the
+    earlier frame although the later frame is compared; pixels from outside the picture count as black.
+    Upstream's flow is RAFT-large.
 
     Source: SPEC §9.3 (published: 73 to 117).
     """
@@ -111,7 +114,7 @@ def legacy_warp_error(
     _check_videos(frames, source)
     levels = [np.rint(_levels(frame)).astype(np.uint8) for frame in frames]
     errors = []
-    for before, now, (forward, backward) in zip(levels, levels[1:], _flow_of(source, flow)):
+    for (before, now), (forward, backward) in zip(pairwise(levels), _flow_of(source, flow), strict=True):
         places = np.ascontiguousarray(_grid(backward) + backward, dtype=np.float32)
         warped = cv2.remap(before, places, None, cv2.INTER_LINEAR)
         visible = flow_is_consistent(forward, backward, inside=False)
@@ -123,7 +126,7 @@ def legacy_warp_error(
 def flow_is_consistent(
     flow: np.ndarray, reverse: np.ndarray, alpha: float = 0.01, beta: float = 0.5, inside: bool = True
 ) -> np.ndarray:
-    """Where following `flow` and then `reverse` comes back to the start: bool [H, W] on the grid `flow` lives on.
+    """Where following `flow` and then `reverse` comes back to the start: bool [H, W] on the grid of `flow`.
 
     Args:
         flow: [H, W, 2] in pixels.
@@ -150,14 +153,14 @@ def temporal_consistency(
 
     Args:
         frames: output [T, H, W, 3].
-        embed: frames → features [T, D], e.g. CLIP image features, which is what the published "CLIP score" is. Without
+        embed: frames → features [T, D]; with CLIP image features this is the published "CLIP score". Without
             it the feature is a grid × grid thumbnail with its mean removed; the two are not comparable.
         grid: side of that thumbnail.
 
     Returns:
         NaN for fewer than two frames.
 
-    Source: SPEC §9.3 (upstream compares consecutive frames, not generated against reference as the paper says).
+    Source: SPEC §9.3 (consecutive frames, as in the upstream code; the paper says generated against reference).
     """
     features = np.asarray((embed or (lambda video: _thumbnails(video, grid)))(frames), dtype=np.float64)
     if len(features) < 2:
@@ -167,7 +170,7 @@ def temporal_consistency(
 
 
 def sharpness(frames: np.ndarray) -> float:
-    """Variance of the Laplacian of luma, in squared grey levels, averaged over frames [T, H, W, 3]; 0 for flat frames.
+    """Variance of the Laplacian of luma, in squared grey levels, mean over frames [T, H, W, 3]; flat is 0.
 
     Source: the usual focus measure (4-neighbour Laplacian, borders left out). Noise raises it too.
     """
@@ -176,12 +179,12 @@ def sharpness(frames: np.ndarray) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ColourDrift:
-    """Drift of a video against its first seconds, one value per window; the first is no drift by construction."""
+    """Drift of a video against its first seconds, one value per window; the first shows none."""
 
     time_s: np.ndarray
     """Start of each window, in s."""
     delta_e: np.ndarray
-    """Distance of the mean Lab colour from the first window's (CIE76); about 2 is a just noticeable difference."""
+    """Distance of the mean Lab colour from the first window's (CIE76); about 2 is just visible."""
     contrast_ratio: np.ndarray
     """Standard deviation of lightness over the first window's; 1 = no drift."""
     sharpness_ratio: np.ndarray
@@ -197,7 +200,8 @@ def colour_drift(
         frames: output [T, H, W, 3]; an incomplete window at the end is left out.
         fps: frames per second.
         reference_seconds: length of the reference and of every window, in s.
-        source: input [T, H, W, 3]; its own change (a cut, a cloud) is taken off: colours by difference, ratios by quotient.
+        source: input [T, H, W, 3]; its own change (a cut, a cloud) is taken off: colour by difference,
+            ratios by quotient.
 
     Raises:
         ValueError: the video is shorter than one window.
@@ -288,7 +292,7 @@ def _grid(flow: np.ndarray) -> np.ndarray:
 
 
 def _warp(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """``image(x + flow(x))`` with exact bilinear interpolation, 0 outside; image [H, W, N], flow [H, W, 2]."""
+    """``image(x + flow(x))`` with exact bilinear weights, 0 outside; image [H, W, N], flow [H, W, 2]."""
     height, width = flow.shape[:2]
     places = (_grid(flow) + flow) * (2 / max(width - 1, 1), 2 / max(height - 1, 1)) - 1
     sampled = torch.nn.functional.grid_sample(

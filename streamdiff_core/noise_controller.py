@@ -1,14 +1,15 @@
 """Motion-aware noise: how much noise the next chunk gets, and the timestep at which its denoising starts.
 
-Fast motion → less noise, so the output follows the input; a still scene → more noise, so the model may restyle freely:
+Fast motion → less noise, so the output follows the input; a still scene → more noise, for a freer restyle:
 
     d_t  = sqrt(mean((x_t - x_{t-1})^2))                       RMS change of one frame
     m    = clip(max(d_t ...) / motion_scale, 0, 1)             motion
     s    = smoothing * (s_max - noise_range * m) + (1 - smoothing) * s_previous
 
-`form` says on what: "released" = pixel frames of the chunk; "paper" = latent frames, the last `window_frames` changes.
-The functions are pure: what a stream must remember (last frame, last noise scale, recent changes) goes in and comes out.
-Mixing the noise in is `flow.add_noise`; the steps after the first belong to the schedule.
+`form` says on what: "released" = pixel frames of the chunk; "paper" = latent frames, the last `window_frames`
+changes. The functions are pure: what a stream must remember (last frame, last noise scale, recent changes)
+goes in and comes out. Mixing the noise in is `flow.add_noise`; the steps after the first belong to the
+schedule.
 Source: paper section on the motion-aware noise controller; SPEC §3 (released code and paper side by side).
 """
 
@@ -43,8 +44,8 @@ class NoiseControllerConfig:
     window_frames: int = 4
     """Paper form only: how many latest frame changes the maximum is taken over (paper: k)."""
     timestep_offset: int = 100
-    """The model is told ``1000 * noise_scale - timestep_offset``: less noise than was added, as the released weights
-    are used; 0 for a model trained to be told the truth."""
+    """The model is told ``1000 * noise_scale - timestep_offset``: less noise than was added,
+    as the released weights are used; 0 for a model trained to be told the truth."""
 
     def __post_init__(self) -> None:
         if self.form not in ("released", "paper"):
@@ -85,7 +86,7 @@ def decide(
     Args:
         frames: the chunk, [T, C, H, W]: pixels in [-1, 1] (released form) or latent frames (paper form).
         previous_frame: last frame before the chunk [C, H, W]; None for the first chunk, which gets
-            `initial_noise_scale` unchanged (upstream also fixes its first timestep at 700 whatever the noise scale is).
+            `initial_noise_scale` unchanged (upstream starts it at 700 whatever the noise scale is).
         previous_noise_scale: noise scale of the chunk before, in [0, 1].
         initial_noise_scale: the stream's setting, in [0, 1].
         next_timestep: second entry of the step list, if there is one; see `first_timestep`.
@@ -157,8 +158,8 @@ def latent_motion(
 ) -> tuple[float, tuple[float, ...]]:
     """Motion in [0, 1] over the last `window_frames` changes of latent frames, and those changes.
 
-    Source: SPEC §3, paper form. The paper gives no values; latents have another spread than pixels, so the default
-    `motion_scale` is the released pixel value and wants tuning per VAE.
+    Source: SPEC §3, paper form. The paper gives no values; latents have another spread than pixels, so the
+    default `motion_scale` is the released pixel value and wants tuning per VAE.
     """
     distances = (*recent, *frame_distances(frames, previous).tolist())[-window_frames:]
     return min(max(distances, default=0.0) / motion_scale, 1.0), distances
@@ -169,8 +170,8 @@ def first_timestep(
 ) -> int:
     """First timestep of a chunk: ``int(1000 * noise_scale) - timestep_offset``, kept usable.
 
-    Upstream has no guard: noise_scale 0.5 starts at 400, below the second step 500, and noise_scale < 0.1 starts at a
-    negative timestep. Here the value stays in [1, 999] and above `next_timestep`.
+    Upstream has no guard: noise_scale 0.5 starts at 400, below the second step 500, and noise_scale < 0.1
+    starts at a negative timestep. Here the value stays in [1, 999] and above `next_timestep`.
 
     Raises:
         ValueError: `next_timestep` leaves no room below 1000.

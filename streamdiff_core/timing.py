@@ -1,8 +1,9 @@
 """Where the time goes: milliseconds per stage, latency per frame, and the arithmetic peak of the device.
 
-`StageTimer` measures stages (encode, denoise, decode, border) on the CPU clock or with CUDA events that are read later,
-so that measuring never waits for the GPU. `LatencyTracker` follows every pixel frame from arrival to ready.
-`measure_gemm_peak_flops` gives the denominator of MFU. Memory stays bounded however long a stream runs.
+`StageTimer` measures stages (encode, denoise, decode, border) on the CPU clock or with CUDA events that are
+read later, so that measuring never waits for the GPU. `LatencyTracker` follows every pixel frame from arrival
+to ready. `measure_gemm_peak_flops` gives the denominator of MFU. Memory stays bounded however long a stream
+runs.
 Source: the serving figures of paper section 5 (time to first frame, jitter, deadline misses); SPEC §9.2.
 """
 
@@ -13,6 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -48,8 +50,8 @@ class StageSummary:
 class StageTimer:
     """Times of named stages: ``with timer.stage("encode", chunk_idx=3): ...``.
 
-    On CUDA two events are recorded on the current stream; they are read when they have completed, never waited for,
-    until a figure is asked for. There a stage's time is GPU time, on the CPU it is wall time.
+    On CUDA two events are recorded on the current stream; they are read when they have completed, never
+    waited for, until a figure is asked for. There a stage's time is GPU time, on the CPU it is wall time.
     """
 
     def __init__(
@@ -152,8 +154,8 @@ class LatencySummary:
 class LatencyTracker:
     """Latency of every pixel frame of one stream, first in first out.
 
-    Call `arrive` when frames come in, `ready` when frames go out, `drop` for frames given up unprocessed. Percentiles
-    and jitter cover the latest `history` frames and outputs; the counters cover the whole stream.
+    Call `arrive` when frames come in, `ready` when frames go out, `drop` for frames given up unprocessed.
+    Percentiles and jitter cover the latest `history` frames and outputs; the counters cover the whole stream.
     """
 
     def __init__(
@@ -232,8 +234,7 @@ class LatencyTracker:
 
     def _interval_jitter_ms(self) -> float:
         """An output of n frames should follow the one before after n even frame times."""
-        outputs = list(self._outputs)
-        intervals = [(1e3 * (b[0] - a[0]), b[1]) for a, b in zip(outputs, outputs[1:])]
+        intervals = [(1e3 * (b[0] - a[0]), b[1]) for a, b in pairwise(self._outputs)]
         if not intervals:
             return float("nan")
         frame_ms = sum(interval for interval, _ in intervals) / sum(n for _, n in intervals)
@@ -242,7 +243,7 @@ class LatencyTracker:
     def _latency_jitter_ms(self) -> float:
         """On the outputs' mean latencies: the saw-tooth inside a chunk is not jitter."""
         means = [mean for _, _, mean in self._outputs]
-        changes = [abs(b - a) for a, b in zip(means, means[1:])]
+        changes = [abs(b - a) for a, b in pairwise(means)]
         return sum(changes) / len(changes) if changes else float("nan")
 
 
@@ -266,8 +267,9 @@ def measure_gemm_peak_flops(
 ) -> float:
     """Best FLOP/s of square matrix products on this device, now: the denominator of MFU.
 
-    Sizes rise (CPU 512..2048, CUDA 2048..8192) and end where the next one would not fit `budget_s`, so that a dtype
-    without hardware support stays quick. A product of size n counts 2·n³ FLOP; the best repeat of any size is returned.
+    Sizes rise (CPU 512..2048, CUDA 2048..8192) and end where the next one would not fit `budget_s`, so that a
+    dtype without hardware support stays quick. A product of size n counts 2·n³ FLOP; the best repeat of any
+    size is returned.
     """
     device = torch.device(device)
     sizes = sizes or ((2048, 4096, 8192) if device.type == "cuda" else (512, 1024, 1536, 2048))

@@ -76,7 +76,7 @@ def test_warp_error_interpolates_between_pixels():
 
 
 def test_warp_error_with_estimated_flow():
-    """DIS on a pan of 3 pixels: an output moving along scores low, one that stays put or flickers does not."""
+    """DIS on a pan of 3 pixels: an output that moves along scores low, one that does not scores high."""
     source = panning(4, step=3)
     restyled = 255 - source
     assert metrics.warp_error(restyled, source) < 2

@@ -112,7 +112,7 @@ def test_upstream_bug_first_timestep_below_the_next_or_negative():
 
 
 def test_upstream_bug_first_timestep_list_edited_in_place():
-    """Upstream writes the value into the shared step list, so the next stream starts with the last one's timestep."""
+    """Upstream writes into the shared step list, so the next stream starts with the last one's timestep."""
     step_list = [700, 500]
     arguments = dict(config=RELEASED, initial_noise_scale=0.8, next_timestep=step_list[1])
     frames, previous = chunk(1.0, 0.0), PREVIOUS.clone()

@@ -1,4 +1,4 @@
-"""The noise controller against recorded decisions of the reference (8 clips, 3 initial scales, 2 chunk lengths, 2 dtypes)."""
+"""The noise controller against the reference's decisions: 8 clips, 3 scales, 2 chunk lengths, 2 dtypes."""
 
 import json
 import os

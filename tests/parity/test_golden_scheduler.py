@@ -66,7 +66,7 @@ def test_step_lists_of_every_configuration(golden):
 
 
 def test_one_euler_step_is_add_noise_of_the_predicted_pair(golden):
-    """The reference's step xt + velocity·(sigma_next − sigma) equals re-noising x0 with the predicted noise."""
+    """The reference's step xt + velocity·(sigma_next − sigma) re-noises x0 with the predicted noise."""
     _, g = golden
     next_sigma = torch.cat([flow.sigma_table(), torch.zeros(1)])[g["table_index"] + 1]
     x0 = flow.x0_from_velocity(g["xt"], g["flow"], g["sigma_used"])
