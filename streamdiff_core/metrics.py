@@ -160,7 +160,7 @@ def temporal_consistency(
     Returns:
         NaN for fewer than two frames.
 
-    Source: SPEC §9.3 (consecutive frames, as in the upstream code; the paper says generated against reference).
+    Source: SPEC §9.3 (consecutive frames, as upstream's code has it; its paper says against a reference).
     """
     features = np.asarray((embed or (lambda video: _thumbnails(video, grid)))(frames), dtype=np.float64)
     if len(features) < 2:

@@ -26,10 +26,12 @@ def test_noise_velocity_x0_round_trip(sigma):
 
 
 def test_half_precision_is_computed_in_float32_and_cast_back():
-    xt = torch.tensor([[256.0]], dtype=torch.bfloat16)
-    x0 = flow.x0_from_velocity(xt, torch.tensor([[257.0]]), 255 / 256)
+    xt, velocity = torch.tensor([100.0, 101.0], dtype=torch.bfloat16)[:, None]
+    x0 = flow.x0_from_velocity(xt, velocity, 0.99)
     assert x0.dtype == torch.bfloat16
-    assert x0.item() == pytest.approx(256 - 257 * 255 / 256, rel=1e-2)  # 0.0039; 257 as bfloat16 is 256 → 1.0
+    assert x0.item() == pytest.approx(0.01, rel=1e-2)  # the product 99.99 in bfloat16 is 100, which leaves 0
+    noisy = flow.add_noise(xt, -velocity, 0.4975)
+    assert noisy.item() == pytest.approx(0.0025, rel=1e-2)  # 50.25 − 50.2475; both round to 50.25
 
 
 def test_float64_stays_float64():

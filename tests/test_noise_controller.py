@@ -105,6 +105,7 @@ def test_upstream_bug_first_timestep_below_the_next_or_negative():
     assert first_timestep(0.5) == 400
     assert first_timestep(0.5, next_timestep=500) == 501
     assert first_timestep(0.05) == 1
+    assert first_timestep(0.7999) == 699  # cut, not rounded, as upstream
     assert first_timestep(1.0, timestep_offset=0) == 999
     assert first_timestep(0.8, next_timestep=500) == 700
     with pytest.raises(ValueError, match="next_timestep=999"):
