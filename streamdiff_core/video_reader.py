@@ -155,9 +155,6 @@ def _open(path: Path) -> tuple[av.container.InputContainer, av.VideoStream]:
         reason = f"{path} is not a video that FFmpeg can read ({error.strerror})."
         raise VideoReadError(f"{reason} Convert it to MP4 (H.264) and try again.") from error
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    if container.format.name == "tty":  # FFmpeg draws any text file as a terminal
-        container.close()
-        raise VideoReadError(f"{path} is a text file, not a video. Name a video file instead.")
     if not streams:
         container.close()
         raise VideoReadError(f"{path} has no pictures, only sound. Name a file with a video track.")

@@ -1,0 +1,126 @@
+"""The two attentions of a Wan block: causal self-attention over the rolling cache, cross-attention to the prompt.
+
+Weights only: what may be read comes in as a ``CacheView`` per row (SPEC §1.5). Within a chunk attention is
+bidirectional; causality is what the cache holds. Prompt keys and values are computed once per prompt
+(``PromptContext``), not once per step as upstream does (SPEC §1.5-3).
+
+Shapes: B rows, L = F * P tokens of a chunk, D width, n heads, d head dim, N visible tokens, c complex RoPE columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamdiff_core.kv_cache import CacheView
+from streamdiff_core.rope import rotate
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the full width, computed in float32 or better, then cast and scaled."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+@dataclass(frozen=True)
+class PromptContext:
+    """Cross-attention keys and values of one prompt: per layer [1, text_len, n, d]."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """RoPE multipliers of one forward, shared by all layers."""
+
+    query: Tensor
+    """[B, L, c]: temporal and spatial."""
+    key: Tensor
+    """[L, c] with views (spatial only; the cache adds time), [B, L, c] without."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention, scale 1/sqrt(d): q [B, L, n, d], k and v [B, N, n, d] -> [B, L, n * d]."""
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with q/k RMSNorm and RoPE; parameter names are Wan's."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self._fused: tuple[Tensor, Tensor] | None = None
+
+    def fuse(self) -> None:
+        """Lay q, k and v weights side by side, so that one matrix product serves all three (no extra memory)."""
+        weight = torch.cat([m.weight.data for m in (self.q, self.k, self.v)])
+        bias = torch.cat([m.bias.data for m in (self.q, self.k, self.v)])
+        for m, w, b in zip((self.q, self.k, self.v), weight.chunk(3), bias.chunk(3), strict=True):
+            m.weight.data, m.bias.data = w, b
+        self._fused = weight, bias
+
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        rotations: Rotations,
+        views: Sequence[CacheView] | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """[B, L, D] -> [B, L, D], reading and writing each row's cache through its view."""
+        if self._fused is None:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        else:
+            q, k, v = F.linear(x, *self._fused).chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (self.norm_q(q), self.norm_k(k), v))
+        q, k = rotate(q, rotations.query), rotate(k, rotations.key)
+        if views is None:
+            return self.o(attend(q, k, v, mask))
+        rows = []
+        for row, view in enumerate(views):
+            keys, values = view.update(layer, k[row], v[row])
+            rows.append(attend(q[row : row + 1], keys[None], values[None]))
+        return self.o(rows[0] if len(rows) == 1 else torch.cat(rows))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the prompt: no RoPE, no mask, all ``text_len`` positions (SPEC §1.5-6)."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def project_prompt(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded prompt [B, text_len, D] -> keys and values [B, text_len, n, d]."""
+        k, v = self.norm_k(self.k(context)), self.v(context)
+        return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, L, D] with prompt keys and values [B or 1, text_len, n, d] -> [B, L, D]."""
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
+        return self.o(attend(q, k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1)))

@@ -1,0 +1,260 @@
+"""Frozen configuration: what a model is, what a stream keeps, and the named presets.
+
+Nothing here imports torch, so ``list_presets()`` is instant. Numbers of the Wan models are SPEC §1.1; numbers of
+the StreamDiffusionV2 stream (cache of 3 sinks + 3 rolling frames, steps 700/500/400/200, shift 8) are SPEC §2.1
+and §4. The preset ``tiny`` is this project's own bundled model (``assets/tiny/MODEL_CARD.md``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+PositionMap = Literal["absolute", "packed", "slots", "ahead", "wrap"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Shape of a causal Wan-style diffusion transformer (SPEC §1.1)."""
+
+    dim: int
+    """Width of the token stream."""
+    ffn_dim: int
+    """Hidden width of the feed-forward layers."""
+    num_heads: int
+    """Attention heads; ``dim / num_heads`` is the head dimension."""
+    num_layers: int
+    """Number of DiT blocks."""
+    in_channels: int = 16
+    """Latent channels in."""
+    out_channels: int = 16
+    """Latent channels out."""
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """Latent (frames, rows, columns) per token; the first entry is always 1."""
+    text_dim: int = 4096
+    """Width of a prompt token."""
+    text_len: int = 512
+    """Prompt tokens after padding; all of them are attended to, as in Wan."""
+    freq_dim: int = 256
+    """Width of the timestep sinusoid."""
+    eps: float = 1e-6
+    """Epsilon of every norm."""
+    prediction: Literal["velocity", "x0"] = "velocity"
+    """What the network itself predicts; the sampler always sees velocities."""
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(f"dim {self.dim} must be an even multiple of num_heads {self.num_heads}")
+        if self.patch_size[0] != 1:
+            raise ValueError(f"patch_size {self.patch_size}: a token must belong to one latent frame, start with 1")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def rope_columns(self) -> tuple[int, int, int]:
+        """Complex RoPE columns per head for (time, height, width): 22, 21, 21 of 64 in Wan (SPEC §1.6)."""
+        half = self.head_dim // 2
+        return half - 2 * (half // 3), half // 3, half // 3
+
+    def tokens_per_frame(self, latent_height: int, latent_width: int) -> int:
+        """Tokens of one latent frame."""
+        return (latent_height // self.patch_size[1]) * (latent_width // self.patch_size[2])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VAEConfig:
+    """Shape of the streaming VAE: 1 + 4n pixel frames <-> 1 + n latent frames."""
+
+    latent_channels: int = 16
+    """Channels of a latent frame."""
+    spatial_stride: int = 8
+    """Pixels per latent cell, each way."""
+    temporal_stride: int = 4
+    """Pixel frames per latent frame after the first."""
+    width: int = 96
+    """Hidden channels of the residual decoder."""
+    num_blocks: int = 0
+    """Causal residual blocks of the decoder; 0 leaves the closed-form linear VAE."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig:
+    """Shape of the small bundled text encoder."""
+
+    num_buckets: int = 4096
+    """Rows of the hashed character n-gram table."""
+    dim: int = 128
+    """Width of a prompt token."""
+    text_len: int = 16
+    """Words kept; longer prompts are cut, shorter ones zero-padded."""
+    num_layers: int = 1
+    """Transformer layers."""
+    num_heads: int = 4
+    """Attention heads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """What the rolling KV cache keeps and where it says things are (SPEC §2, SEEDS §2.1)."""
+
+    sink_frames: int = 3
+    """First latent frames of the stream that are never evicted."""
+    window_frames: int = 3
+    """Most recent latent frames kept, the current chunk included."""
+    positions: PositionMap = "absolute"
+    """Map from latent frame to temporal RoPE position."""
+    refresh_at: int = 50
+    """``wrap`` only: latent frame at which positions jump back to ``cache_frames - 1``."""
+    slot_origins: tuple[int, int] = (0, 6)
+    """``slots`` only: first position of the sinks and of the window."""
+    ahead_frames: int = 30
+    """``ahead`` only: how far the sinks sit in front of the newest frame."""
+    adaptive_sink: Literal["off", "released", "paper"] = "off"
+    """Sink refresh: ``released`` replaces the least similar sink, ``paper`` every sink below the threshold."""
+    adaptive_threshold: float = 0.2
+    """Cosine similarity below which a sink is stale."""
+
+    def __post_init__(self) -> None:
+        if self.sink_frames < 0 or self.window_frames < 1:
+            raise ValueError(
+                f"sink_frames {self.sink_frames} must be >= 0 and window_frames {self.window_frames} >= 1"
+            )
+        if self.positions == "wrap" and self.refresh_at <= self.cache_frames - 1:
+            raise ValueError(f"refresh_at {self.refresh_at} must exceed cache_frames - 1 = {self.cache_frames - 1}")
+
+    @property
+    def cache_frames(self) -> int:
+        """Latent frames held: sinks + window."""
+        return self.sink_frames + self.window_frames
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseConfig:
+    """Amount of noise put on the input, and how motion changes it (SPEC §3)."""
+
+    noise_scale: float = 0.8
+    """Default noise scale in [0, 1]: 0 keeps the input, 1 forgets it."""
+    span: float = 0.1
+    """How far full motion lowers the noise scale."""
+    motion_norm: float = 0.2
+    """RMS frame difference (range [-1, 1]) that counts as full motion."""
+    smoothing: float = 0.9
+    """Weight of the new value in the moving average."""
+    timestep_offset: float = 100.0
+    """The model is told ``1000 * noise_scale - offset``: 100 in the released system, 0 where training matched."""
+    motion_adaptive: bool = True
+    """Off keeps the noise scale constant."""
+    form: Literal["released", "paper"] = "released"
+    """Motion measured on pixels (released code) or on latents (paper)."""
+    noise: Literal["fresh", "fixed"] = "fresh"
+    """``fresh`` draws new noise per chunk; ``fixed`` keeps a position's noise, so still input stays still."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """Which denoising steps a chunk goes through (SPEC §4)."""
+
+    timesteps: tuple[float, ...] = (700.0, 500.0, 400.0, 200.0)
+    """Step list; ``steps=N`` takes the first N. Empty: evenly spaced from the first timestep down."""
+    default_steps: int = 2
+    """Steps when the caller does not say."""
+    kind: str = "stream_batch"
+    """``stream_batch`` or ``sequential``."""
+    clean_pass: bool = False
+    """One more forward per chunk at timestep 0 that only rewrites the cache (sequential only)."""
+    use_sigma_table: bool = True
+    """Look sigma up in the shifted table of the reference (grid error 3e-4) instead of ``timestep / 1000``."""
+    shift: float = 8.0
+    """Shift of that table."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """Everything ``StreamPipeline.from_preset`` needs to know."""
+
+    name: str
+    """Exact name."""
+    summary: str
+    """One sentence for lists and the command line."""
+    model: ModelConfig
+    """The transformer."""
+    vae: VAEConfig
+    """The streaming VAE."""
+    text: TextConfig | None = None
+    """The bundled text encoder; None where umT5 is used."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Rolling cache."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    """Noise controller."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Denoising steps."""
+    width: int = 832
+    """Default output width in pixels."""
+    height: int = 480
+    """Default output height in pixels."""
+    fps: float = 16.0
+    """Frame rate the model was trained at."""
+    text_to_video: bool = True
+    """Whether ``mode="t2v"`` makes sense with these weights."""
+    bundled: bool = False
+    """Whether the weights ship with the package."""
+
+
+WAN_1_3B = ModelConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+WAN_14B = ModelConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+
+TINY_MODEL = ModelConfig(
+    dim=256, ffn_dim=1024, num_heads=4, num_layers=6, in_channels=48, out_channels=48,
+    text_dim=128, text_len=16, freq_dim=256, prediction="x0",
+)  # fmt: skip
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(
+        name="tiny",
+        summary="Bundled 7 M model: live restyling at 256x256 on a laptop CPU. Not trained for text-to-video.",
+        model=TINY_MODEL,
+        vae=VAEConfig(latent_channels=48, width=128, num_blocks=3),
+        text=TextConfig(dim=128, text_len=16),
+        cache=CacheConfig(sink_frames=1, window_frames=2, positions="packed"),
+        noise=NoiseConfig(noise_scale=0.5, timestep_offset=0.0, noise="fixed"),
+        schedule=ScheduleConfig(timesteps=(), use_sigma_table=False, shift=1.0),
+        width=256,
+        height=256,
+        text_to_video=False,
+        bundled=True,
+    ),
+    "wan-1.3b": Preset(
+        name="wan-1.3b",
+        summary="StreamDiffusionV2 1.3B weights (Wan2.1, causal); needs a GPU and a download.",
+        model=WAN_1_3B,
+        vae=VAEConfig(),
+        cache=CacheConfig(positions="wrap", adaptive_sink="released"),
+    ),
+    "wan-14b": Preset(
+        name="wan-14b",
+        summary="StreamDiffusionV2 14B weights (CausVid-Plus); needs a large GPU and a download.",
+        model=WAN_14B,
+        vae=VAEConfig(),
+        cache=CacheConfig(positions="wrap", adaptive_sink="released"),
+        schedule=ScheduleConfig(default_steps=1),
+    ),
+}
+
+
+def list_presets() -> list[str]:
+    """Names accepted by ``StreamPipeline.from_preset``."""
+    return list(PRESETS)
+
+
+def get_preset(name: str) -> Preset:
+    """The preset called exactly ``name``.
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,224 @@
+"""Causal Wan diffusion transformer: weights and one forward, no stream state (SPEC §1.5, paper §3).
+
+Parameter names and shapes are those of Wan2.1, so original checkpoints load key by key. Timesteps are per latent
+frame. With ``prediction="x0"`` (our bundled model) the network estimates x0 around a per-channel Wiener estimate
+and the result is handed out as a velocity, so the sampler does not know the difference.
+
+Shapes: B rows, F latent frames, C channels, h x w latent size, P = tokens per frame, L = F * P, D width, n heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamdiff_core.attention import CrossAttention, PromptContext, Rotations, SelfAttention
+from streamdiff_core.config import ModelConfig
+from streamdiff_core.kv_cache import CacheView
+from streamdiff_core.rope import spatial_rotation, temporal_rotation
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Sinusoid [..., dim], cosines first, computed in float64 as the reference does (SPEC §1.5-2)."""
+    half = dim // 2
+    frequency = 10_000.0 ** -(torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+    angle = timestep.to(torch.float64)[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``x * (1 + scale) + shift``; x [B, F, P, D], shift and scale [B, F, 1, D]."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class Block(nn.Module):
+    """One DiT block: modulated self-attention, cross-attention, modulated feed-forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.eps = config.eps
+        self.self_attn = SelfAttention(dim, config.num_heads, config.eps)
+        self.norm3 = nn.LayerNorm(dim, eps=config.eps)
+        self.cross_attn = CrossAttention(dim, config.num_heads, config.eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        layer: int,
+        prompt: tuple[Tensor, Tensor],
+        rotations: Rotations,
+        views: Sequence[CacheView] | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """x [B, F, P, D], time [B, F, 6, D] -> [B, F, P, D]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(3).unbind(2)
+        y = modulate(F.layer_norm(x, x.shape[-1:], eps=self.eps), shift1, scale1)
+        y = self.self_attn(y.flatten(1, 2), layer, rotations, views, mask).view_as(x)
+        x = torch.addcmul(x, y, gate1)
+        x = x + self.cross_attn(self.norm3(x).flatten(1, 2), *prompt).view_as(x)
+        y = self.ffn(modulate(F.layer_norm(x, x.shape[-1:], eps=self.eps), shift2, scale2))
+        return torch.addcmul(x, y, gate2)
+
+
+class Head(nn.Module):
+    """Final modulated norm and projection to patches."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / math.sqrt(config.dim))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x [B, F, P, D], time [B, F, D] -> [B, F, P, patch * C]."""
+        shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
+        return self.head(modulate(F.layer_norm(x, x.shape[-1:], eps=self.eps), shift, scale))
+
+
+class CausalWanTransformer(nn.Module):
+    """Wan DiT for streams: ``forward`` predicts the velocity of one chunk per row."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(
+            config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        if config.prediction == "x0":
+            self.register_buffer("latent_std", torch.ones(config.in_channels))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype."""
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.patch_embedding.weight.device
+
+    def fuse(self) -> CausalWanTransformer:
+        """Fuse q, k, v of every block for inference; state-dict keys stay the same."""
+        for block in self.blocks:
+            block.self_attn.fuse()
+        return self
+
+    def encode_prompt(self, context: Tensor) -> PromptContext:
+        """Prompt tokens [B, text_len, text_dim] -> cross-attention keys and values, once per prompt."""
+        embedded = self.text_embedding(context.to(self.device, self.dtype))
+        pairs = [block.cross_attn.project_prompt(embedded) for block in self.blocks]
+        return PromptContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
+
+    def forward(
+        self,
+        xt: Tensor,
+        timestep: Tensor,
+        prompts: PromptContext | Sequence[PromptContext],
+        views: Sequence[CacheView] | None = None,
+        *,
+        mask: Tensor | None = None,
+        frame_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the velocity ``noise - x0``.
+
+        Args:
+            xt: noisy latents [B, F, C, h, w].
+            timestep: [B, F] in [0, 1000].
+            prompts: one context for all rows, or one per row.
+            views: one cache view per row, or None to attend within ``xt`` alone (training, tests).
+            mask: without views, boolean [L, L] or [B, 1, L, L], True where attention is allowed.
+            frame_ids: without views, temporal positions [B, F]; default 0 … F - 1.
+
+        Returns:
+            Velocity [B, F, C, h, w], float32 or better.
+
+        Source: SPEC §1.5.
+        """
+        config, (b, f, _, h, w) = self.config, xt.shape
+        _, ph, pw = config.patch_size
+        if h % ph or w % pw:
+            raise ValueError(f"latent size {h}x{w} must be a multiple of the patch {ph}x{pw}")
+        rows, cols = h // ph, w // pw
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        sigma = (timestep / 1000).to(wide)[:, :, None, None, None]
+        x = self._patchify(self._scale_input(xt, sigma).to(self.dtype))
+        time = self.time_embedding(timestep_embedding(timestep, config.freq_dim).to(self.dtype))
+        time6 = self.time_projection(time).unflatten(-1, (6, -1))  # [B, F, 6, D]
+        rotations = self._rotations(rows, cols, b, f, views, frame_ids)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, time6, layer, _prompt_rows(prompts, layer), rotations, views, mask)
+        out = self.head(x, time).to(wide)  # [B, F, P, ph * pw * C]
+        out = out.unflatten(2, (rows, cols)).unflatten(-1, (ph, pw, -1))  # [B, F, y, x, ph, pw, C]
+        out = out.permute(0, 1, 6, 2, 4, 3, 5).reshape(b, f, -1, h, w)
+        return out if config.prediction == "velocity" else self._velocity(xt.to(wide), out, sigma)
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        """[B, F, C, h, w] -> [B, F, P, D], tokens in (y, x) order."""
+        b, f, c, h, w = x.shape
+        _, ph, pw = self.config.patch_size
+        x = x.reshape(b, f, c, h // ph, ph, w // pw, pw).permute(0, 1, 3, 5, 2, 4, 6)  # [B, F, y, x, C, ph, pw]
+        return F.linear(
+            x.flatten(4).flatten(2, 3), self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
+        )
+
+    def _scale_input(self, xt: Tensor, sigma: Tensor) -> Tensor:
+        """Unit variance per channel at every noise level (x0 models only; as in EDM's c_in)."""
+        if self.config.prediction == "velocity":
+            return xt
+        variance = ((1 - sigma) * self.latent_std[:, None, None].to(sigma)).square() + sigma.square()
+        return xt.to(sigma) * variance.rsqrt()
+
+    def _velocity(self, xt: Tensor, out: Tensor, sigma: Tensor) -> Tensor:
+        """x0 = Wiener estimate + std * out, expressed as a velocity."""
+        std = self.latent_std[:, None, None].to(sigma)
+        wiener = (1 - sigma) * std.square() / (((1 - sigma) * std).square() + sigma.square())
+        x0 = wiener * xt + std * out
+        return (xt - x0) / sigma.clamp_min(1e-3)
+
+    def _rotations(
+        self,
+        rows: int,
+        cols: int,
+        b: int,
+        f: int,
+        views: Sequence[CacheView] | None,
+        frame_ids: Tensor | None,
+    ) -> Rotations:
+        """RoPE multipliers of this forward; keys get their temporal part from the cache when there is one."""
+        columns = self.config.rope_columns
+        spatial = spatial_rotation(rows, cols, columns, self.dtype, self.device)  # [P, c]
+        if views is None:
+            ids = torch.arange(f).expand(b, f) if frame_ids is None else frame_ids
+            time = [temporal_rotation(tuple(r), columns, self.dtype, self.device) for r in ids.tolist()]
+        else:
+            time = [view.query_rotation(self.dtype, self.device) for view in views]
+        temporal = torch.stack(time)[:, :, None].expand(b, f, rows * cols, columns[0])
+        full = torch.cat([temporal, spatial[None, None, :, columns[0] :].expand(b, f, -1, -1)], dim=-1).flatten(1, 2)
+        return Rotations(query=full, key=full if views is None else spatial.repeat(f, 1))
+
+
+def _prompt_rows(prompts: PromptContext | Sequence[PromptContext], layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layer: [1, …] when all rows share a prompt, else [B, …]."""
+    if isinstance(prompts, PromptContext):
+        return prompts.keys[layer], prompts.values[layer]
+    if all(p is prompts[0] for p in prompts):
+        return prompts[0].keys[layer], prompts[0].values[layer]
+    return torch.cat([p.keys[layer] for p in prompts]), torch.cat([p.values[layer] for p in prompts])

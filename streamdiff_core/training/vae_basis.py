@@ -1,0 +1,53 @@
+"""Closed-form start of the tiny VAE: principal components of 4 x 8 x 8 patches of real and styled clips.
+
+Latent channel i is the i-th component times ``scale_i``. Raising the standard deviations to the power 0.5 and
+fixing that of the first channel decides what noise destroys: at the preset's default noise the fine channels are
+at the noise level, the coarse ones far above it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from streamdiff_core.config import VAEConfig
+from streamdiff_core.training.data import STYLE_NAMES, iter_clips, to_tensor
+from streamdiff_core.training.styles import apply_style
+from streamdiff_core.vae import TinyVAE
+
+FIRST_CHANNEL_STD = 10.0
+WHITENING_POWER = 0.5
+SOURCE_WEIGHT = 4.0
+
+
+@torch.no_grad()
+def fit_basis(clips: Path, config: VAEConfig, *, patches_per_clip: int = 400, seed: int = 0) -> TinyVAE:
+    """A ``TinyVAE`` whose basis, mean and scale come from one random latent frame per clip and style."""
+    rng = np.random.default_rng(seed)
+    vae = TinyVAE(config)
+    samples, weights = [], []
+    for _, frames in iter_clips(clips):
+        at = rng.integers(0, len(frames) - config.temporal_stride + 1)
+        for style in STYLE_NAMES:
+            styled = apply_style(style, frames[at : at + config.temporal_stride])
+            patches = vae._to_patches(to_tensor(styled)).flatten(0, 3)
+            samples.append(patches[torch.from_numpy(rng.permutation(len(patches))[:patches_per_clip])])
+            weights.append(torch.full((len(samples[-1]),), SOURCE_WEIGHT if style == "photo" else 1.0))
+    x, w = torch.cat(samples).double(), torch.cat(weights).double()[:, None]
+    mean = (x * w).sum(0) / w.sum()
+    covariance = ((x - mean) * w).T @ (x - mean) / w.sum()
+    variance, vectors = torch.linalg.eigh(covariance)
+    std = variance.flip(0)[: config.latent_channels].sqrt()
+    latent_std = std**WHITENING_POWER
+    latent_std *= FIRST_CHANNEL_STD / latent_std[0]
+    vae.basis.copy_(vectors.flip(1)[:, : config.latent_channels].T)
+    vae.mean.copy_(mean)
+    vae.scale.copy_(latent_std / std)
+    return vae
+
+
+def latent_std(vae: TinyVAE, latents: torch.Tensor) -> torch.Tensor:
+    """Root-mean-square of each latent channel of [..., C, h, w]."""
+    return latents.float().transpose(0, -3).flatten(1).square().mean(1).sqrt()

@@ -1,0 +1,206 @@
+"""Values and Protocols shared by all layers: row operations, cache plans, schedule events, errors.
+
+A ``row`` is one line of a batched forward: one chunk of one stream at one noise level. Nothing here computes.
+Shape letters: T pixel frames, F latent frames, C latent channels, h x w latent size, n heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+class StreamClosedError(RuntimeError):
+    """A closed session was used."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be read or does not fit the model; nothing was loaded."""
+
+
+class VideoReadError(RuntimeError):
+    """A video could not be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """What one row of one forward reads and writes, decided on the host before the first layer runs."""
+
+    writes: tuple[tuple[int, int], ...]
+    """(slot, offset of the latent frame within the chunk) pairs to write."""
+    num_visible: int
+    """Slots 0 … num_visible - 1 are attended to."""
+    slot_positions: tuple[int, ...]
+    """Temporal position of each visible slot."""
+    query_positions: tuple[int, ...]
+    """Temporal position of each latent frame of the chunk."""
+
+
+@dataclass(slots=True)
+class SlotTable:
+    """Which latent frame each slot of one cache row holds; plain integers."""
+
+    frames: list[int | None]
+    """Latent frame per slot, None while empty."""
+    is_sink: list[bool]
+    """Whether the slot is pinned."""
+    descriptors: dict[int, Any] = field(default_factory=dict)
+    """Unit-length content descriptor per slot, for adaptive sinks."""
+
+    @property
+    def num_filled(self) -> int:
+        """Slots in use; they are always the first ones."""
+        return sum(f is not None for f in self.frames)
+
+    def slots_of(self, frame_idx: int) -> list[int]:
+        """Slots that hold a latent frame (more than one after a paper-form sink refresh)."""
+        return [slot for slot, f in enumerate(self.frames) if f == frame_idx]
+
+
+@runtime_checkable
+class KVPolicy(Protocol):
+    """Decides what a row of the cache keeps and at which temporal position it is read."""
+
+    @property
+    def num_slots(self) -> int:
+        """Slots a row needs."""
+
+    def new_table(self) -> SlotTable:
+        """An empty row."""
+
+    def plan(self, table: SlotTable, frame_ids: Sequence[int], descriptor: Any = None) -> RowPlan:
+        """Place a chunk (evicting only when its frames are new), update ``table`` and say what is visible."""
+
+
+@dataclass(slots=True)
+class RowOp:
+    """One row of a forward: a chunk of a stream at one noise level."""
+
+    xt: Tensor
+    """Noisy latents [F, C, h, w]."""
+    sigma: float
+    """Noise level of ``xt`` in [0, 1]."""
+    timestep: float
+    """What the model is told, in [0, 1000]."""
+    frame_ids: tuple[int, ...]
+    """Latent frame index of each frame of the chunk."""
+    cache_row: int
+    """Row of the stream's cache that is read and written."""
+    chunk_idx: int
+    """Chunk number in the stream."""
+    step: int
+    """Denoising step, 0 first."""
+    descriptor: Any = None
+    """Content descriptor of the chunk for adaptive sinks."""
+    kind: str = "denoise"
+    """``denoise``, ``clean`` (rewrites the cache with clean latents) or ``recache`` (same, new prompt)."""
+
+
+@dataclass(slots=True)
+class ForwardOp:
+    """Rows that a schedule wants computed together; the x0 predictions come back in the same order."""
+
+    rows: list[RowOp]
+
+
+@dataclass(slots=True)
+class Fork:
+    """Copy cache row ``src`` to rows ``dst``."""
+
+    src: int
+    dst: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Emit:
+    """A finished chunk leaves the schedule."""
+
+    chunk_idx: int
+    latents: Tensor
+    """x0 [F, C, h, w]."""
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A chunk of the stream on its way into the schedule."""
+
+    chunk_idx: int
+    frame_ids: tuple[int, ...]
+    """Latent frame indices."""
+    latents: Tensor
+    """Clean latents of the input [F, C, h, w]; zeros for text-to-video."""
+    noise_scale: float
+    """Noise put on the input, [0, 1]."""
+    timesteps: tuple[float, ...]
+    """Timestep per denoising step, strictly decreasing."""
+    num_frames: int = 0
+    """Pixel frames that are not padding."""
+    motion: float = 0.0
+    """Motion score of the chunk."""
+    descriptor: Any = None
+
+
+@runtime_checkable
+class DenoiseSchedule(Protocol):
+    """Which forwards, at which noise level, in which order, and when chunks leave."""
+
+    num_cache_rows: int
+    """Cache rows a stream needs."""
+
+    def push(self, chunk: Chunk | None) -> Generator[ForwardOp | Fork | Emit, list[Tensor] | None, None]:
+        """Process one chunk; ``None`` flushes one tick. ``x0s = yield ForwardOp(...)``; ``yield Emit(...)``."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Chunks entered and not yet emitted."""
+
+
+@runtime_checkable
+class StreamingVAE(Protocol):
+    """Pixels <-> latents with explicit per-stream memory (our tiny VAE; Wan's and TAEHV fit the same shape)."""
+
+    def new_state(self) -> Any:
+        """Memory of one stream."""
+
+    def encode(self, frames: Tensor, state: Any) -> Tensor:
+        """[B, T, 3, H, W] in [-1, 1] -> [B, F, C, h, w]; 1 + 4n frames first, 4n later."""
+
+    def decode(self, latents: Tensor, state: Any) -> Tensor:
+        """[B, F, C, h, w] -> [B, T, 3, H, W] in [-1, 1]."""
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Prompts to prompt tokens (our tiny encoder; umT5 fits the same shape)."""
+
+    def encode(self, prompts: Iterable[str]) -> Tensor:
+        """-> [B, text_len, text_dim], zero beyond each prompt's length."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedChunk:
+    """Result of ``encode_chunk``: a chunk ready for the schedule, and what the noise controller saw."""
+
+    chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class DenoisedChunk:
+    """Result of ``denoise_chunk``: clean latents [F, C, h, w] of one chunk."""
+
+    chunk_idx: int
+    latents: Tensor
+    num_frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedChunk:
+    """Result of ``decode_chunk``: uint8 frames [T, H, W, 3]."""
+
+    chunk_idx: int
+    frames: np.ndarray
