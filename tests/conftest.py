@@ -34,7 +34,7 @@ def seed() -> int:
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """Folder of tensors recorded from the reference implementation (STREAMDIFF_GOLDEN, or beside the checkout)."""
+    """Folder of tensors recorded from the reference: STREAMDIFF_GOLDEN, or a folder beside the checkout."""
     default = REPOSITORY.parent / "shared" / "golden"
     folder = Path(os.environ.get("STREAMDIFF_GOLDEN", default))
     if not folder.is_dir():

@@ -30,7 +30,7 @@ def test_every_level_survives_the_round_trip() -> None:
 
 
 def test_tensor_to_frames_rounds_and_clamps() -> None:
-    # -1 + 0.6/127.5 is level 0.6: truncation would give 0; 1.5 is beyond white and would wrap to 62 unclamped.
+    # -1 + 0.6/127.5 is level 0.6: truncation gives 0. 1.5 is beyond white: unclamped it wraps.
     x = torch.tensor([-1 + 0.6 / 127.5, 1.5, -7.0]).reshape(1, 1, 3, 1, 1)
     assert tensor_to_frames(x).reshape(-1).tolist() == [1, 255, 0]
     assert tensor_to_frames(x.to(torch.bfloat16)).dtype == np.uint8
@@ -101,4 +101,4 @@ def test_fit_size_is_in_steps_and_keeps_the_shape(width: int, height: int, multi
     fitted_width, fitted_height = fit_size(width, height, 256 * 256, multiple)
     assert fitted_width % multiple == fitted_height % multiple == 0
     assert min(fitted_width, fitted_height) >= 64
-    assert (fitted_width >= fitted_height) == (width >= height) or abs(fitted_width - fitted_height) == 0
+    assert (fitted_width - fitted_height) * (width - height) >= 0

@@ -1,0 +1,71 @@
+# Everything from a bare clone: Python >= 3.10 and make. Each target builds .venv and installs what it needs.
+#   make setup | demo | test | check | notebooks | bench
+# PYTHON  the interpreter that makes .venv
+# TORCH   what pip installs first. The default may bring several GB of CUDA packages; name a CPU build or a wheel
+#         file to choose, e.g. make test TORCH=torch==2.13.0
+PYTHON ?= python3
+TORCH ?= torch
+OUTPUTS ?= outputs
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup demo test check notebooks bench clean
+
+setup: .venv/.installed-dev
+	@echo "Ready. Try: $(BIN)/streamdiff run sample --prompt \"watercolour painting\" -o out.mp4"
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -q
+
+check: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+demo: .venv/.installed-base
+	@mkdir -p $(OUTPUTS)
+	@$(MAKE) --no-print-directory STYLE=watercolour PROMPT="soft watercolour on rough paper" .restyle
+	@$(MAKE) --no-print-directory STYLE=pencil PROMPT="graphite pencil sketch on warm paper" .restyle
+	@$(MAKE) --no-print-directory STYLE=neon PROMPT="glowing neon outlines on black" .restyle
+	@echo "Open the videos (before | after) and the before/after strips:"
+	@ls $(OUTPUTS)/watercolour.* $(OUTPUTS)/pencil.* $(OUTPUTS)/neon.*
+
+.PHONY: .restyle
+.restyle:
+	$(BIN)/streamdiff run sample --prompt "$(PROMPT)" --side-by-side \
+		-o $(OUTPUTS)/$(STYLE).mp4 --strip $(OUTPUTS)/$(STYLE).png
+
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+ifeq ($(NOTEBOOKS),)
+notebooks:
+	@echo "There are no notebooks yet."
+else
+notebooks: .venv/.installed-notebooks
+	@set -e; for notebook in $(NOTEBOOKS); do echo "$$notebook"; $(BIN)/jupyter execute "$$notebook"; done
+endif
+
+bench: .venv/.installed-base
+	$(BIN)/streamdiff bench
+
+clean:
+	rm -rf .venv $(OUTPUTS)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed: set PYTHON=/path/to/python3 (tried: $(PYTHON))."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian: apt-get install python3-venv)."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed-base: pyproject.toml | $(BIN)/python
+	@echo "Installing $(TORCH) and streamdiff into .venv ..."
+	@$(PIP) install -q "$(TORCH)"
+	@$(PIP) install -q -e .
+	@touch $@
+
+.venv/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "Installing $(TORCH) and streamdiff[$*] into .venv ..."
+	@$(PIP) install -q "$(TORCH)"
+	@$(PIP) install -q -e ".[$*]"
+	@touch $@
