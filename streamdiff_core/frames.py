@@ -76,7 +76,7 @@ def frames_to_tensor(frames: np.ndarray) -> Tensor:
         ValueError: Not uint8 ``[T, H, W, 3]``.
     """
     check_frames(frames)
-    pixels = torch.tensor(frames)  # a copy: the caller's array may be read-only or reused
+    pixels = torch.tensor(np.ascontiguousarray(frames))  # mirrored or read-only arrays are no torch views
     return pixels.permute(0, 3, 1, 2)[None].to(torch.float32) / 127.5 - 1.0
 
 

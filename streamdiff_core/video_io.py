@@ -113,10 +113,9 @@ def _image_files(source: Path) -> list[Path]:
     return sorted(images, key=_natural_order)
 
 
-def _natural_order(path: Path) -> list[tuple[int, int, str]]:
-    """Sort key that puts frame_2 before frame_10."""
-    parts = re.split(r"([0-9]+)", path.name.lower())
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+def _natural_order(path: Path) -> list[int | str]:
+    """Sort key that puts frame_2 before frame_10: text, number, text, … so that like meets like."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", path.name.lower()))]
 
 
 def _probe_images(images: list[Path]) -> VideoInfo:

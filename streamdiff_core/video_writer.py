@@ -22,8 +22,6 @@ from streamdiff_core.frames import check_frames
 logger = logging.getLogger(__name__)
 
 _CODECS = {".mp4": "libx264", ".m4v": "libx264", ".mov": "libx264", ".mkv": "libx264", ".webm": "libvpx-vp9"}
-_UNBIASED_SCALING = 0x40002
-"""FFmpeg's bilinear | accurate rounding: without the flag the conversion darkens by a level."""
 
 
 class VideoWriter:
@@ -155,9 +153,7 @@ class _EncodedFile:
         if self._container is None:
             self._open(*frame.shape[:2])
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture = picture.reformat(
-            format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=_UNBIASED_SCALING
-        )
+        picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
         self._container.mux(self._stream.encode(picture))
 
     def _open(self, height: int, width: int) -> None:

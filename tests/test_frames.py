@@ -36,11 +36,12 @@ def test_tensor_to_frames_rounds_and_clamps() -> None:
     assert tensor_to_frames(x.to(torch.bfloat16)).dtype == np.uint8
 
 
-def test_read_only_frames_do_not_alias_the_tensor() -> None:
-    frames = solid(64, 64)
+def test_mirrored_and_read_only_frames(recwarn: pytest.WarningsRecorder) -> None:
+    frames = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(1, 4, 6, 3)
     frames.setflags(write=False)
-    frames_to_tensor(frames).add_(1)
-    assert frames.max() == 0
+    mirrored = frames_to_tensor(frames[:, :, ::-1])
+    torch.testing.assert_close(mirrored, frames_to_tensor(frames).flip(-1))
+    assert not recwarn.list  # torch warns about views of read-only memory
 
 
 def test_crop_takes_the_centre() -> None:
@@ -53,10 +54,11 @@ def test_crop_takes_the_centre() -> None:
 
 
 def test_shrinking_averages_areas() -> None:
-    checker = np.indices((128, 128)).sum(0) % 2 * 255
+    checker = np.indices((192, 192)).sum(0) % 2 * 255
     frames = np.repeat(checker[None, :, :, None].astype(np.uint8), 3, axis=3)
     out = resize_and_crop(frames, 64, 64)
-    assert set(np.unique(out)) <= {127, 128}  # sampling single pixels would give 0 or 255
+    # 4 or 5 white pixels of 9: 113.3 or 141.7. Linear or cubic sampling takes the middle one: 0 or 255.
+    assert set(np.unique(out)) <= {113, 142}
 
 
 def test_growing_and_same_size() -> None:

@@ -106,6 +106,15 @@ def test_colours_survive_the_round_trip(tmp_path: Path) -> None:
         np.testing.assert_allclose(frame.reshape(-1, 3).mean(0), expected, atol=3)
 
 
+def test_recoding_does_not_darken(tmp_path: Path) -> None:
+    before = np.stack(list(read_video("sample", max_seconds=0.5)))
+    with VideoWriter(tmp_path / "out.mp4", 16, crf=10) as writer:
+        writer.write(before)
+    after = np.stack(list(read_video(tmp_path / "out.mp4")))
+    # FFmpeg's default rounding loses a level in each pass: a clip edited ten times would be visibly dark.
+    assert np.abs((after.astype(float) - before).mean(axis=(0, 1, 2))).max() < 0.5
+
+
 # reading: images
 
 
@@ -292,15 +301,26 @@ def test_nothing_written_leaves_the_old_file(tmp_path: Path) -> None:
 def test_failed_completion_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out.mp4").write_bytes(b"older")
     writer = VideoWriter(tmp_path / "out.mp4", 16)
-    writer.write(numbered_frames(3))
+    for _ in range(3):  # enough for the encoder to have begun the file
+        writer.write(numbered_frames(29))
+    assert partial_files(tmp_path)
 
     def no_space() -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(writer._output, "close", no_space)
-    with pytest.raises(OSError, match="No space"):
-        writer.finish()
+    with pytest.raises(KeyboardInterrupt), writer:
+        raise KeyboardInterrupt  # the first error is the one that is reported
     assert (tmp_path / "out.mp4").read_bytes() == b"older" and not partial_files(tmp_path)
+
+
+def test_failed_completion_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = VideoWriter(tmp_path / "out.gif", 16)
+    writer.write(numbered_frames(3))
+    monkeypatch.setattr(writer._output, "_path", tmp_path / "nowhere" / "out.gif")
+    with pytest.raises(OSError, match="nowhere"), writer:
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_finish_twice_and_write_after(tmp_path: Path) -> None:
