@@ -9,7 +9,7 @@ Shapes: B rows, L = F * P tokens of a chunk, D width, n heads, d head dim, N vis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,7 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
         self._fused: tuple[Tensor, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_fuse_again)
 
     def fuse(self) -> None:
         """Lay q, k and v weights side by side, so that one matrix product serves all three (no extra memory)."""
@@ -81,6 +82,17 @@ class SelfAttention(nn.Module):
         for m, w, b in zip((self.q, self.k, self.v), weight.chunk(3), bias.chunk(3), strict=True):
             m.weight.data, m.bias.data = w, b
         self._fused = weight, bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfAttention:
+        """``.to()`` gives each parameter memory of its own, so lay them side by side again."""
+        super()._apply(fn, recurse)
+        _fuse_again(self)
+        return self
+
+    def __setstate__(self, state: dict) -> None:
+        """So do ``copy.deepcopy`` and pickle."""
+        super().__setstate__(state)
+        _fuse_again(self)
 
     def forward(
         self,
@@ -104,6 +116,12 @@ class SelfAttention(nn.Module):
             keys, values = view.update(layer, k[row], v[row])
             rows.append(attend(q[row : row + 1], keys[None], values[None]))
         return self.o(rows[0] if len(rows) == 1 else torch.cat(rows))
+
+
+def _fuse_again(module: SelfAttention, _keys: object = None) -> None:
+    """Renew the joint tensor after q, k and v got new memory; else the old weights would stay in use."""
+    if module._fused is not None:
+        module.fuse()
 
 
 class CrossAttention(nn.Module):
