@@ -1,0 +1,52 @@
+"""StreamDiffusionV2, readable: live, prompt-driven video-to-video with a causal Wan-style diffusion transformer.
+
+    from streamdiff_core import StreamPipeline
+    session = StreamPipeline.from_preset("tiny").start("oil painting")
+    restyled = session.push(frames)  # uint8 [T, H, W, 3] in, whatever became ready out
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from streamdiff_core.config import CacheConfig, ModelConfig, Preset, get_preset, list_presets
+from streamdiff_core.types import CheckpointError, StreamClosedError, VideoReadError
+
+if TYPE_CHECKING:
+    from streamdiff_core.pipeline import StreamPipeline
+    from streamdiff_core.session import StreamOptions, StreamSession, StreamStats
+    from streamdiff_core.weights import load_checkpoint
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "StreamPipeline": "pipeline",
+    "StreamSession": "session",
+    "StreamOptions": "session",
+    "StreamStats": "session",
+    "load_checkpoint": "weights",
+}
+
+__all__ = [
+    "CacheConfig",
+    "CheckpointError",
+    "ModelConfig",
+    "Preset",
+    "StreamClosedError",
+    "StreamOptions",
+    "StreamPipeline",
+    "StreamSession",
+    "StreamStats",
+    "VideoReadError",
+    "get_preset",
+    "list_presets",
+    "load_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the heavy parts on first use, so that ``import streamdiff_core`` is quick."""
+    if name in _LAZY:
+        return getattr(import_module(f"streamdiff_core.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'streamdiff_core' has no attribute {name!r}")

@@ -132,25 +132,35 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NoiseConfig:
-    """Amount of noise put on the input, and how motion changes it (SPEC §3)."""
+class NoiseControllerConfig:
+    """Parameters of the motion-aware noise controller (SPEC §3); the defaults are those of the released code."""
 
-    noise_scale: float = 0.8
-    """Default noise scale in [0, 1]: 0 keeps the input, 1 forgets it."""
-    span: float = 0.1
-    """How far full motion lowers the noise scale."""
-    motion_norm: float = 0.2
-    """RMS frame difference (range [-1, 1]) that counts as full motion."""
-    smoothing: float = 0.9
-    """Weight of the new value in the moving average."""
-    timestep_offset: float = 100.0
-    """The model is told ``1000 * noise_scale - offset``: 100 in the released system, 0 where training matched."""
-    motion_adaptive: bool = True
-    """Off keeps the noise scale constant."""
+    enabled: bool = True
+    """False: the noise scale stays at its initial value and motion is not measured."""
     form: Literal["released", "paper"] = "released"
-    """Motion measured on pixels (released code) or on latents (paper)."""
-    noise: Literal["fresh", "fixed"] = "fresh"
-    """``fresh`` draws new noise per chunk; ``fixed`` keeps a position's noise, so still input stays still."""
+    """What `decide` receives: pixel frames ("released") or latent frames ("paper")."""
+    motion_scale: float = 0.2
+    """RMS change per frame that counts as full motion, in units of frames in [-1, 1] (paper: sigma)."""
+    noise_range: float = 0.1
+    """How far full motion lowers the noise scale (paper: s_max - s_min)."""
+    smoothing: float = 0.9
+    """Weight of the new value in the running mean (paper: lambda); 1 = no memory."""
+    max_noise_scale: float | None = None
+    """Noise scale of a still scene (paper: s_max); None = the stream's initial noise scale."""
+    window_frames: int = 4
+    """Paper form only: how many latest frame changes the maximum is taken over (paper: k)."""
+    timestep_offset: int = 100
+    """The model is told ``1000 * noise_scale - timestep_offset``: less noise than was added,
+    as the released weights are used; 0 for a model trained to be told the truth."""
+
+    def __post_init__(self) -> None:
+        if self.form not in ("released", "paper"):
+            raise ValueError(f"form={self.form!r} is unknown, use 'released' or 'paper'")
+        if self.motion_scale <= 0 or not 0 < self.smoothing <= 1 or self.window_frames < 1:
+            raise ValueError(
+                f"need motion_scale > 0, 0 < smoothing <= 1 and window_frames >= 1, got {self.motion_scale}, "
+                f"{self.smoothing}, {self.window_frames}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +179,8 @@ class ScheduleConfig:
     """Look sigma up in the shifted table of the reference (grid error 3e-4) instead of ``timestep / 1000``."""
     shift: float = 8.0
     """Shift of that table."""
+    noise: Literal["fresh", "fixed"] = "fresh"
+    """``fresh`` draws new noise per chunk; ``fixed`` keeps a position's noise, so still input stays still."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,8 +199,10 @@ class Preset:
     """The bundled text encoder; None where umT5 is used."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Rolling cache."""
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    noise: NoiseControllerConfig = field(default_factory=NoiseControllerConfig)
     """Noise controller."""
+    noise_scale: float = 0.8
+    """Default amount of noise put on the input: 0 keeps it, 1 forgets it."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Denoising steps."""
     width: int = 832
@@ -218,9 +232,10 @@ PRESETS: dict[str, Preset] = {
         model=TINY_MODEL,
         vae=VAEConfig(latent_channels=48, width=128, num_blocks=3),
         text=TextConfig(dim=128, text_len=16),
-        cache=CacheConfig(sink_frames=1, window_frames=2, positions="packed"),
-        noise=NoiseConfig(noise_scale=0.5, timestep_offset=0.0, noise="fixed"),
-        schedule=ScheduleConfig(timesteps=(), use_sigma_table=False, shift=1.0),
+        cache=CacheConfig(sink_frames=1, window_frames=3, positions="packed"),
+        noise=NoiseControllerConfig(timestep_offset=0),
+        noise_scale=0.5,
+        schedule=ScheduleConfig(timesteps=(), use_sigma_table=False, noise="fixed"),
         width=256,
         height=256,
         text_to_video=False,

@@ -76,6 +76,23 @@ class KVCache:
             for row in layer:
                 row[:] = [None] * len(row)
 
+    def keep_recent(self, num_frames: int) -> None:
+        """Keep the sinks and the newest ``num_frames`` of the window, packed into the first window slots."""
+        for row, table in enumerate(self.tables):
+            window = [s for s, f in enumerate(table.frames) if f is not None and not table.is_sink[s]]
+            kept = sorted(window, key=lambda s: table.frames[s])[-num_frames:] if num_frames else []
+            moves = list(zip(sorted(kept), window, strict=False))  # (from, to), to <= from: safe in this order
+            for src, dst in moves:
+                table.frames[dst] = table.frames[src]
+                table.descriptors[dst] = table.descriptors.get(src)
+                for layer in range(self.model.num_layers):
+                    for store in (self.k, self.v, self._k_time):
+                        store[layer][row, dst].copy_(store[layer][row, src])
+                    self._rotated_to[layer][row][dst] = self._rotated_to[layer][row][src]
+            for slot in window[len(moves) :]:
+                table.frames[slot] = None
+                table.descriptors.pop(slot, None)
+
     def describe(self, row: int = 0) -> list[dict[str, Any]]:
         """Filled slots as dicts (slot, role, frame, position), for pictures of the cache."""
         table, at = self.tables[row], self._rotated_to[-1][row]

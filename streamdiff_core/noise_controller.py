@@ -17,44 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from streamdiff_core.config import NoiseControllerConfig
+
 MAX_TIMESTEP = 999
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NoiseControllerConfig:
-    """Parameters of the controller; the defaults are those of the released code."""
-
-    enabled: bool = True
-    """False: the noise scale stays at its initial value and motion is not measured."""
-    form: Literal["released", "paper"] = "released"
-    """What `decide` receives: pixel frames ("released") or latent frames ("paper")."""
-    motion_scale: float = 0.2
-    """RMS change per frame that counts as full motion, in units of frames in [-1, 1] (paper: sigma)."""
-    noise_range: float = 0.1
-    """How far full motion lowers the noise scale (paper: s_max - s_min)."""
-    smoothing: float = 0.9
-    """Weight of the new value in the running mean (paper: lambda); 1 = no memory."""
-    max_noise_scale: float | None = None
-    """Noise scale of a still scene (paper: s_max); None = the stream's initial noise scale."""
-    window_frames: int = 4
-    """Paper form only: how many latest frame changes the maximum is taken over (paper: k)."""
-    timestep_offset: int = 100
-    """The model is told ``1000 * noise_scale - timestep_offset``: less noise than was added,
-    as the released weights are used; 0 for a model trained to be told the truth."""
-
-    def __post_init__(self) -> None:
-        if self.form not in ("released", "paper"):
-            raise ValueError(f"form={self.form!r} is unknown, use 'released' or 'paper'")
-        if self.motion_scale <= 0 or not 0 < self.smoothing <= 1 or self.window_frames < 1:
-            raise ValueError(
-                f"need motion_scale > 0, 0 < smoothing <= 1 and window_frames >= 1, got {self.motion_scale}, "
-                f"{self.smoothing}, {self.window_frames}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

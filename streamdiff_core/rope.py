@@ -34,6 +34,7 @@ def _unit(angles: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # shared results: one made in a session must also serve training
 def spatial_rotation(
     rows: int, cols: int, columns: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -48,6 +49,7 @@ def spatial_rotation(
 
 
 @lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def temporal_rotation(
     positions: tuple[int, ...], columns: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:

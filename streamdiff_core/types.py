@@ -85,8 +85,8 @@ class RowOp:
     """Noisy latents [F, C, h, w]."""
     sigma: float
     """Noise level of ``xt`` in [0, 1]."""
-    timestep: float
-    """What the model is told, in [0, 1000]."""
+    timestep: float | tuple[float, ...]
+    """What the model is told, in [0, 1000]; one value, or one per latent frame."""
     frame_ids: tuple[int, ...]
     """Latent frame index of each frame of the chunk."""
     cache_row: int
@@ -95,6 +95,8 @@ class RowOp:
     """Chunk number in the stream."""
     step: int
     """Denoising step, 0 first."""
+    prompt: Any
+    """Cross-attention keys and values (``PromptContext``)."""
     descriptor: Any = None
     """Content descriptor of the chunk for adaptive sinks."""
     kind: str = "denoise"
@@ -138,6 +140,8 @@ class Chunk:
     """Noise put on the input, [0, 1]."""
     timesteps: tuple[float, ...]
     """Timestep per denoising step, strictly decreasing."""
+    prompt: Any
+    """Cross-attention keys and values the chunk keeps for all its steps."""
     num_frames: int = 0
     """Pixel frames that are not padding."""
     motion: float = 0.0

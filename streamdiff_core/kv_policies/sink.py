@@ -52,10 +52,11 @@ class SinkPolicy:
             ValueError: the chunk is longer than the window, or its frames are older than the cache.
         """
         if not table.slots_of(frame_ids[-1]):
-            if len(frame_ids) > self.config.window_frames and table.num_filled:
+            room = self.config.window_frames if table.num_filled else self.num_slots  # the first may fill the sinks
+            if len(frame_ids) > room:
                 raise ValueError(
                     f"a chunk of {len(frame_ids)} latent frames does not fit a window of "
-                    f"{self.config.window_frames}; raise window_frames"
+                    f"{self.config.window_frames} (+ {self.config.sink_frames} sinks at the start); raise window_frames"
                 )
             for frame in frame_ids:
                 self._place(table, frame, descriptor if len(frame_ids) == 1 else None)

@@ -41,10 +41,10 @@ class Phase:
 
 
 PHASES = (
-    Phase(0.0, frames=1, cells=8, rows=128),
-    Phase(0.45, frames=1, cells=16, rows=32),
-    Phase(0.75, frames=4, cells=16, rows=8),
-    Phase(0.92, frames=4, cells=32, rows=2),
+    Phase(0.0, frames=1, cells=8, rows=64),
+    Phase(0.45, frames=1, cells=16, rows=16),
+    Phase(0.75, frames=4, cells=16, rows=4),
+    Phase(0.92, frames=4, cells=32, rows=1),
 )
 SELF_INPUT_FROM = 0.5
 PROMPTS_PER_STYLE = 160

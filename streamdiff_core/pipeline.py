@@ -1,0 +1,226 @@
+"""A model ready to stream: transformer, VAE and text encoder of one preset, shared by all its sessions.
+
+Nothing here belongs to a stream: sessions made by ``start`` own their state, so two of them never mix and one after
+another equals two fresh processes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from streamdiff_core.attention import PromptContext
+from streamdiff_core.config import CacheConfig, Preset, get_preset
+from streamdiff_core.dit import CausalWanTransformer
+from streamdiff_core.engine import Engine
+from streamdiff_core.kv_policies import POLICIES
+from streamdiff_core.schedules import SCHEDULES
+from streamdiff_core.session import Prompt, StreamOptions, StreamSession
+from streamdiff_core.text import TinyTextEncoder
+from streamdiff_core.types import CheckpointError, StreamingVAE, TextEncoder
+from streamdiff_core.vae import TinyVAE
+from streamdiff_core.weights import load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parent / "assets"
+NUM_CACHED_PROMPTS = 64
+
+
+class StreamPipeline:
+    """Weights of one preset on one device; ``start`` makes streams."""
+
+    def __init__(
+        self, preset: Preset, transformer: CausalWanTransformer, vae: StreamingVAE, text_encoder: TextEncoder
+    ) -> None:
+        self.preset, self.transformer = preset, transformer
+        self.vae, self.text_encoder = vae, text_encoder
+        self.device = transformer.device
+        self.engine = Engine(transformer)
+        self._prompts: OrderedDict[tuple[tuple[str, float], ...], PromptContext] = OrderedDict()
+
+    @classmethod
+    def from_preset(
+        cls, name: str, *, device: str = "auto", dtype: str = "auto", weights: str | Path | None = None
+    ) -> StreamPipeline:
+        """Load a preset.
+
+        Args:
+            name: one of ``list_presets()``; ``tiny`` is bundled and needs no download.
+            device: ``auto`` (cuda, else cpu) or a torch device.
+            dtype: ``auto`` (bfloat16 where the device multiplies it faster, else float32), ``float32``, ``bfloat16``.
+            weights: folder to load instead of the bundled one (same file names).
+
+        Raises:
+            ValueError: unknown preset, device or dtype.
+            CheckpointError: weights missing or not fitting.
+        """
+        preset = get_preset(name)
+        if not preset.bundled:
+            raise CheckpointError(
+                f"preset {name!r} needs its full-size weights, VAE and text encoder, which this version cannot "
+                "download yet; use 'tiny', or load the transformer alone with streamdiff_core.load_checkpoint"
+            )
+        place, number = pick_device(device), pick_dtype(dtype, pick_device(device))
+        folder = Path(weights) if weights else ASSETS / name
+        with torch.device("meta"):  # no time spent on random weights that are overwritten at once
+            modules = CausalWanTransformer(preset.model), TinyVAE(preset.vae), TinyTextEncoder(preset.text)
+        for module, file in zip(modules, ("transformer", "vae", "text_encoder"), strict=True):
+            load_checkpoint(module, folder / f"{file}.safetensors")
+        transformer, vae, text = modules
+        return cls.from_modules(preset, transformer.to(place, number), cast_vae(vae, place, number), text.to(place))
+
+    @classmethod
+    def from_modules(
+        cls, preset: Preset, transformer: CausalWanTransformer, vae: nn.Module, text_encoder: nn.Module
+    ) -> StreamPipeline:
+        """A pipeline from modules made elsewhere (tests, training); switches them to evaluation."""
+        for module in (transformer, vae, text_encoder):
+            module.eval().requires_grad_(False)
+        return cls(preset, transformer.fuse(), vae, text_encoder)
+
+    def start(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        noise_scale: float | None = None,
+        motion_adaptive: bool = True,
+        schedule: str | None = None,
+        clean_pass: bool | None = None,
+        policy: str = "sink",
+        cache: CacheConfig | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        latent_frames_per_chunk: int = 1,
+        mode: str = "v2v",
+        deadline_ms: float | None = None,
+    ) -> StreamSession:
+        """Start a stream; what is not given comes from the preset. See ``StreamOptions`` for each option.
+
+        Args:
+            prompt: text, or {text: weight} to mix prompts.
+
+        Raises:
+            ValueError: an option out of range; the text names it and the remedy.
+        """
+        p = self.preset
+        options = StreamOptions(
+            seed=seed,
+            steps=p.schedule.default_steps if steps is None else steps,
+            noise_scale=p.noise_scale if noise_scale is None else noise_scale,
+            motion_adaptive=motion_adaptive,
+            schedule=schedule or p.schedule.kind,
+            clean_pass=p.schedule.clean_pass if clean_pass is None else clean_pass,
+            policy=policy,
+            cache=cache or p.cache,
+            width=width or p.width,
+            height=height or p.height,
+            latent_frames_per_chunk=latent_frames_per_chunk,
+            mode=mode,
+            deadline_ms=deadline_ms,
+        )
+        check_options(options, p)
+        return StreamSession(self, prompt, options)
+
+    @torch.inference_mode()
+    def encode_prompt(self, prompt: Prompt) -> PromptContext:
+        """Cross-attention keys and values of a prompt or a weighted mix; the latest 64 are kept.
+
+        Raises:
+            ValueError: an empty mix or weights that do not add up to something positive.
+        """
+        weights = {prompt: 1.0} if isinstance(prompt, str) else dict(prompt)
+        total = sum(weights.values())
+        if not weights or total <= 0 or min(weights.values()) < 0:
+            raise ValueError(f"prompt weights must be >= 0 and not all zero, got {weights}")
+        key = tuple(sorted(weights.items()))
+        if key in self._prompts:
+            self._prompts.move_to_end(key)
+        else:
+            tokens = self.text_encoder.encode(list(weights))
+            share = torch.tensor(list(weights.values()), device=tokens.device, dtype=tokens.dtype) / total
+            mixed = (tokens * share[:, None, None]).sum(0, keepdim=True)
+            self._prompts[key] = self.transformer.encode_prompt(mixed)
+            while len(self._prompts) > NUM_CACHED_PROMPTS:
+                self._prompts.popitem(last=False)
+        return self._prompts[key]
+
+    def with_cache(self, **changes: object) -> CacheConfig:
+        """The preset's cache configuration with some fields changed."""
+        return replace(self.preset.cache, **changes)
+
+
+def check_options(options: StreamOptions, preset: Preset) -> None:
+    """Refuse options that cannot work, in one sentence each."""
+    o, multiple = options, preset.vae.spatial_stride * preset.model.patch_size[1]
+    most = len(preset.schedule.timesteps) or 4
+    if not 1 <= o.steps <= most:
+        raise ValueError(f"steps must be between 1 and {most}, got {o.steps}")
+    if not 0 < o.noise_scale <= 1:
+        raise ValueError(f"noise_scale must lie in (0, 1], got {o.noise_scale}; 0.5 is a good start")
+    if o.width % multiple or o.height % multiple or min(o.width, o.height) < 64:
+        raise ValueError(f"width and height must be multiples of {multiple} from 64 on, got {o.width}x{o.height}")
+    for what, value, known in (("schedule", o.schedule, SCHEDULES), ("policy", o.policy, POLICIES)):
+        if value not in known:
+            raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+    if o.mode not in ("v2v", "t2v"):
+        raise ValueError(f"mode must be 'v2v' or 't2v', got {o.mode!r}")
+    if o.mode == "t2v" and not preset.text_to_video:
+        raise ValueError(f"preset {preset.name!r} is not trained for text-to-video; push frames with mode='v2v'")
+    if o.latent_frames_per_chunk < 1 or o.latent_frames_per_chunk + 1 > o.cache.cache_frames:
+        raise ValueError(
+            f"latent_frames_per_chunk {o.latent_frames_per_chunk} + 1 must fit the cache of "
+            f"{o.cache.cache_frames} latent frames; raise window_frames"
+        )
+    if o.clean_pass and o.schedule != "sequential":
+        raise ValueError("clean_pass needs schedule='sequential'")
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` -> cuda if there is one, else cpu; anything else is a torch device.
+
+    Raises:
+        ValueError: unknown device, or CUDA asked for and absent.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}; use auto, cpu or cuda") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for but torch sees no GPU; use device='cpu'")
+    return place
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto`` -> bfloat16 on CUDA and on CPUs with bf16 instructions, else float32."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if dtype == "auto":
+        fast = device.type == "cuda" or cpu_has_bf16()
+        return torch.bfloat16 if fast else torch.float32
+    if dtype not in known:
+        raise ValueError(f"unknown dtype {dtype!r}; use auto, {', '.join(known)}")
+    return known[dtype]
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    return any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
+def cast_vae(vae: TinyVAE, device: torch.device, dtype: torch.dtype) -> TinyVAE:
+    """Convolutions in ``dtype``; the linear map stays in float32, where it is exact and cheap."""
+    for module in (vae.stem, vae.blocks, vae.detail):
+        module.to(dtype=dtype, memory_format=torch.channels_last)
+    return vae.to(device)
