@@ -103,17 +103,21 @@ class TinyVAE(nn.Module):
 
     def decode(self, latents: Tensor, state: VAEState) -> Tensor:
         """Decode the next latent frames [B, F, C, h, w] of a stream to [B, T, 3, H, W] in [-1, 1]."""
+        video = self.reconstruct(latents, state).clamp(-1, 1)
+        if not state.decoded_first:
+            state.decoded_first = True
+            video = video[:, self.config.temporal_stride - 1 :]
+        return video
+
+    def reconstruct(self, latents: Tensor, state: VAEState) -> Tensor:
+        """All 4 F frames of F latent frames, not clamped: the differentiable part of ``decode``."""
         b, f = latents.shape[:2]
         x = self.stem(latents.flatten(0, 1).to(self.dtype, memory_format=torch.channels_last))
         for i, block in enumerate(self.blocks):
             x = block(x, self._shift(x, b, i, state))
         detail = self.detail(x).unflatten(0, (b, f)).to(latents.dtype).permute(0, 1, 3, 4, 2)  # [B, F, y, x, N]
         linear = torch.einsum("bfcyx,cn->bfyxn", latents, self.basis / self.scale[:, None])
-        video = self._from_patches(linear + detail + self.mean).clamp(-1, 1)
-        if not state.decoded_first:
-            state.decoded_first = True
-            video = video[:, self.config.temporal_stride - 1 :]
-        return video
+        return self._from_patches(linear + detail + self.mean)
 
     def _shift(self, x: Tensor, b: int, i: int, state: VAEState) -> Tensor:
         """Features one latent frame earlier; a stream starts with its own first frame. Keeps the last in ``state``."""

@@ -1,0 +1,122 @@
+"""Stage 3: the residual decoder of the tiny VAE, on top of the closed-form basis.
+
+The encoder stays the linear map, so the decoder can be trained while the transformer is. It learns to undo
+blocking and restore detail from exact latents and from latents with a little noise, which is what a denoiser hands
+over. Its residual starts at zero: training begins at the closed-form result and can only improve on it.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from streamdiff_core.metrics import psnr
+from streamdiff_core.training.data import STYLE_NAMES, augment, iter_clips, to_tensor
+from streamdiff_core.training.runs import Average, Run
+from streamdiff_core.training.styles import apply_style
+from streamdiff_core.vae import TinyVAE
+
+CROP_PX = 96
+NUM_FRAMES = 9
+CROPS_PER_CLIP = 4
+MAX_NOISE = 0.3
+
+
+class PixelBatches:
+    """Random styled crops of random clips: float32 [B, 9, 3, 96, 96]."""
+
+    def __init__(self, clips: Path, seed: int) -> None:
+        self.clips, self.seed = [frames for _, frames in iter_clips(clips)], seed
+
+    def draw(self, step: int, num_clips: int = 2) -> Tensor:
+        """Crops of one step; the same step always gives the same ones."""
+        rng = np.random.default_rng([self.seed, step])
+        crops = []
+        for _ in range(num_clips):
+            frames = self.clips[rng.integers(len(self.clips))]
+            at = rng.integers(0, len(frames) - NUM_FRAMES + 1)
+            frames = frames[at : at + NUM_FRAMES]
+            if rng.random() < 0.5:
+                frames = _repeat_to(augment(frames, rng), NUM_FRAMES)
+            style = "photo" if rng.random() < 0.2 else STYLE_NAMES[rng.integers(len(STYLE_NAMES))]
+            video = to_tensor(apply_style(style, frames))
+            for _ in range(CROPS_PER_CLIP):
+                y, x = 8 * rng.integers(0, (np.array(video.shape[-2:]) - CROP_PX) // 8 + 1)
+                crops.append(video[..., y : y + CROP_PX, x : x + CROP_PX])
+        return torch.cat(crops)
+
+
+def _repeat_to(frames: np.ndarray, count: int) -> np.ndarray:
+    """First ``count`` frames, the last one repeated when there are fewer."""
+    return frames[np.minimum(np.arange(count), len(frames) - 1)]
+
+
+def detail_loss(video: Tensor, target: Tensor) -> Tensor:
+    """Mean square error plus the same of spatial and temporal differences (edges, flicker)."""
+    loss = F.mse_loss(video, target)
+    for dim in (1, 3, 4):
+        loss = loss + 0.5 * F.mse_loss(video.diff(dim=dim), target.diff(dim=dim))
+    return loss
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: TinyVAE, clips: Path, styles: tuple[str, ...] = STYLE_NAMES) -> dict[str, float]:
+    """PSNR (dB) of encode + decode per style, mean over the clips, on all their frames."""
+    scores: dict[str, list[float]] = {style: [] for style in styles}
+    for _, frames in iter_clips(clips):
+        frames = frames[: (len(frames) - 1) // 4 * 4 + 1]
+        for style in styles:
+            styled = apply_style(style, frames)
+            video = vae.decode(vae.encode(to_tensor(styled), vae.new_state()), vae.new_state())
+            back = ((video[0].permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+            scores[style].append(psnr(back, styled))
+    return {style: float(np.mean(values)) for style, values in scores.items()}
+
+
+def train_decoder(
+    folder: Path, vae: TinyVAE, clips: Path, val_clips: Path, *, minutes: float, peak_lr: float = 1e-3, seed: int = 0
+) -> None:
+    """Train ``vae``'s residual decoder into ``folder`` for ``minutes`` in all; resumes."""
+    from tqdm import tqdm
+
+    parameters = [*vae.stem.parameters(), *vae.blocks.parameters(), *vae.detail.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.01)
+    average = Average(vae, decay=0.998)
+    run = Run(folder, vae=vae, average=average, optimizer=optimizer)
+    batches = PixelBatches(clips, seed)
+    last_log = run.seconds
+    bar = tqdm(total=round(60 * minutes), initial=round(run.seconds), unit="s", desc="decoder")
+    while run.seconds < 60 * minutes:
+        progress = run.seconds / (60 * minutes)
+        for group in optimizer.param_groups:
+            group["lr"] = peak_lr * min(1, (run.step + 1) / 50) * (0.02 + 0.98 * math.cos(progress * math.pi / 2) ** 2)
+        target = batches.draw(run.step)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
+        latents = vae.encode(target, vae.new_state())
+        amount = MAX_NOISE * torch.rand(len(latents), 1, 1, 1, 1, generator=generator).square()
+        latents = latents + amount * torch.randn(latents.shape, generator=generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            video = vae.reconstruct(latents, vae.new_state())
+        loss = detail_loss(video[:, vae.config.temporal_stride - 1 :].float(), target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        average.update(vae)
+        run.step += 1
+        if run.seconds - last_log > 180:
+            shadow = TinyVAE(vae.config)
+            shadow.load_state_dict(average.shadow)
+            scores = reconstruction_psnr(shadow, val_clips, ("photo", "comic", "neon"))
+            run.log({"loss": loss.item(), **scores})
+            run.save()
+            last_log = run.seconds
+        bar.n = round(run.seconds)
+        bar.set_postfix(step=run.step, loss=f"{loss.item():.4f}", refresh=False)
+        bar.update(0)
+    run.save()
