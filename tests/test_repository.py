@@ -58,6 +58,7 @@ def test_no_large_files() -> None:
 def test_changelog_has_this_version() -> None:
     (version,) = re.findall(r'^version = "(.+)"$', read("pyproject.toml"), flags=re.M)
     assert f"## [{version}]" in read("CHANGELOG.md")
+    assert f'__version__ = "{version}"' in read("streamdiff_core/__init__.py")
 
 
 def test_house_targets_exist() -> None:
