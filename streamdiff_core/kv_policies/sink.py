@@ -12,6 +12,7 @@ belongs to the stream, so nothing leaks into the next one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,9 @@ class SinkPolicy:
         sinks, window = self.config.sink_frames, self.config.window_frames
         return SlotTable(frames=[None] * (sinks + window), is_sink=[True] * sinks + [False] * window)
 
-    def plan(self, table: SlotTable, frame_ids: Sequence[int], descriptor: np.ndarray | None = None) -> RowPlan:
+    def plan(
+        self, table: SlotTable, frame_ids: Sequence[int], descriptor: np.ndarray | None = None
+    ) -> RowPlan:
         """Place the chunk ``frame_ids`` and return what this forward writes and reads.
 
         Frames already in the table (later denoising steps, clean pass) keep their slots: nothing is evicted twice.
@@ -51,12 +54,13 @@ class SinkPolicy:
         Raises:
             ValueError: the chunk is longer than the window, or its frames are older than the cache.
         """
-        if not table.slots_of(frame_ids[-1]):
-            room = self.config.window_frames if table.num_filled else self.num_slots  # the first may fill the sinks
+        if not all(table.slots_of(frame) for frame in frame_ids):
+            sinks, window = self.config.sink_frames, self.config.window_frames
+            room = window if table.num_filled else sinks + window  # the first chunk may fill the sinks
             if len(frame_ids) > room:
                 raise ValueError(
-                    f"a chunk of {len(frame_ids)} latent frames does not fit a window of "
-                    f"{self.config.window_frames} (+ {self.config.sink_frames} sinks at the start); raise window_frames"
+                    f"a chunk of {len(frame_ids)} latent frames does not fit a window of {window} "
+                    f"(+ {sinks} sinks at the start); raise window_frames"
                 )
             for frame in frame_ids:
                 self._place(table, frame, descriptor if len(frame_ids) == 1 else None)
@@ -77,7 +81,9 @@ class SinkPolicy:
             return
         stale = self._stale_sinks(table, descriptor)
         if self.config.adaptive_sink == "released" and stale:
-            table.frames[stale[0]] = frame  # instead of rolling: the window keeps its oldest frame (SPEC §2.6)
+            table.frames[stale[0]] = (
+                frame  # instead of rolling: the window keeps its oldest frame (SPEC §2.6)
+            )
             return
         rolling = [slot for slot, is_sink in enumerate(table.is_sink) if not is_sink]
         table.frames[min(rolling, key=lambda slot: table.frames[slot])] = frame
@@ -105,8 +111,11 @@ class SinkPolicy:
     def _positions(self, table: SlotTable) -> tuple[int, ...]:
         """Temporal position of each filled slot under the configured map."""
         filled = range(table.num_filled)
-        sinks = sorted((s for s in filled if table.is_sink[s]), key=lambda s: table.frames[s])
-        window = sorted((s for s in filled if not table.is_sink[s]), key=lambda s: table.frames[s])
+        by_age = sorted(filled, key=lambda s: table.frames[s])
+        newest = max((table.frames[s] for s in filled if not table.is_sink[s]), default=math.inf)
+        # A sink newer than the whole window was replaced by this chunk: it is read last, later on as a sink.
+        sinks = [s for s in by_age if table.is_sink[s] and table.frames[s] <= newest]
+        window = [s for s in by_age if s not in sinks]
         c = self.config
         sink_at, window_at = temporal_positions(
             c.positions,
