@@ -15,7 +15,7 @@ from streamdiff_core.rope import temporal_rotation
 from streamdiff_core.weights import load_checkpoint
 
 TOKENS = 15
-# Re-ordered float32 sums reach 4e-6 on values up to 5; a wrong mask, timestep or position shows at 1e-2 or more.
+# Re-ordered float32 sums reach 4e-6 on values up to 5; a wrong mask, timestep or position shows at 1e-2.
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
@@ -66,7 +66,7 @@ def test_forward_without_cache(model, golden, name, block_frames, per_frame):
 def test_blocks_of_two_frames(model, golden, monkeypatch):
     """5 frames leave half a block; there the reference also attends to its padding, one frame of zero keys.
 
-    Full blocks are equal as they are, and the half block is once the same padding is put in front of attention.
+    Full blocks are equal as they are; the half block is once attention gets the same padding.
     """
     x, t = frames_first(golden["x"]), golden["t_frames"]
     recorded = frames_first(golden["causal_train_nfpb2_tframes"])

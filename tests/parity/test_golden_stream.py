@@ -13,7 +13,7 @@ from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies.sink import SinkPolicy
 from streamdiff_core.weights import load_checkpoint
 
-# float32 sums in another order: 4e-6 measured. A frame in a wrong slot or at a wrong position shows at 1e-2 or more.
+# float32 sums in another order: 4e-6 measured. A frame in a wrong slot or at a wrong position shows at 1e-2.
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
@@ -46,8 +46,8 @@ def replay(golden_dir):
 def test_the_recording_really_wraps(replay):
     """17 latent frames through 6 slots: the three rolling slots are each overwritten several times.
 
-    Different contents per slot, zeros included: slots 0 and 1 are filled by the first call, slot 2 by the second;
-    slot 3 holds frames 3 6 9 12 15, slot 4 holds 4 7 10 13 16, slot 5 holds 5 8 11 14.
+    Different contents per slot, zeros included: slots 0 and 1 are filled by the first call, slot 2 by the
+    second; slot 3 holds frames 3 6 9 12 15, slot 4 holds 4 7 10 13 16, slot 5 holds 5 8 11 14.
     """
     wanted = [1, 1, 2, 6, 6, 5]
     assert sum(recorded["x"].shape[2] for recorded, _, _ in replay) == 17
