@@ -42,11 +42,11 @@ class Phase:
 
 PHASES = (
     Phase(0.0, frames=1, cells=8, rows=64),
-    Phase(0.45, frames=1, cells=16, rows=16),
-    Phase(0.75, frames=4, cells=16, rows=4),
-    Phase(0.92, frames=4, cells=32, rows=1),
+    Phase(0.24, frames=1, cells=16, rows=16),
+    Phase(0.7, frames=4, cells=16, rows=4),
+    Phase(0.9, frames=4, cells=32, rows=1),
 )
-SELF_INPUT_FROM = 0.5
+SELF_INPUT_FROM = 0.35
 PROMPTS_PER_STYLE = 160
 PROMPTS_PER_BATCH = 16
 
