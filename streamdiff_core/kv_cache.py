@@ -76,9 +76,10 @@ class KVCache:
             for row in layer:
                 row[:] = [None] * len(row)
 
-    def keep_recent(self, num_frames: int) -> None:
-        """Keep the sinks and the newest ``num_frames`` of the window, packed into the first window slots."""
-        for row, table in enumerate(self.tables):
+    def keep_recent(self, num_frames: int, rows: Sequence[int] | None = None) -> None:
+        """Keep the sinks and the newest ``num_frames`` of the window, packed; in all rows unless told which."""
+        for row in range(self.num_rows) if rows is None else rows:
+            table = self.tables[row]
             window = [s for s, f in enumerate(table.frames) if f is not None and not table.is_sink[s]]
             kept = sorted(window, key=lambda s: table.frames[s])[-num_frames:] if num_frames else []
             moves = list(zip(sorted(kept), window, strict=False))  # (from, to), to <= from: safe in this order

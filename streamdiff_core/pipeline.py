@@ -117,12 +117,12 @@ class StreamPipeline:
             steps=p.schedule.default_steps if steps is None else steps,
             noise_scale=p.noise_scale if noise_scale is None else noise_scale,
             motion_adaptive=motion_adaptive,
-            schedule=schedule or p.schedule.kind,
+            schedule=p.schedule.kind if schedule is None else schedule,
             clean_pass=p.schedule.clean_pass if clean_pass is None else clean_pass,
             policy=policy,
-            cache=cache or p.cache,
-            width=width or p.width,
-            height=height or p.height,
+            cache=p.cache if cache is None else cache,
+            width=p.width if width is None else width,
+            height=p.height if height is None else height,
             latent_frames_per_chunk=latent_frames_per_chunk,
             mode=mode,
             deadline_ms=deadline_ms,
@@ -137,11 +137,11 @@ class StreamPipeline:
         Raises:
             ValueError: an empty mix or weights that do not add up to something positive.
         """
-        weights = {prompt: 1.0} if isinstance(prompt, str) else dict(prompt)
+        weights = {prompt: 1.0} if isinstance(prompt, str) else dict(sorted(prompt.items()))
         total = sum(weights.values())
-        if not weights or total <= 0 or min(weights.values()) < 0:
+        if not weights or not 0 < total < float("inf") or min(weights.values()) < 0:
             raise ValueError(f"prompt weights must be >= 0 and not all zero, got {weights}")
-        key = tuple(sorted(weights.items()))
+        key = tuple(weights.items())
         if key in self._prompts:
             self._prompts.move_to_end(key)
         else:
@@ -175,10 +175,12 @@ def check_options(options: StreamOptions, preset: Preset) -> None:
         raise ValueError(f"mode must be 'v2v' or 't2v', got {o.mode!r}")
     if o.mode == "t2v" and not preset.text_to_video:
         raise ValueError(f"preset {preset.name!r} is not trained for text-to-video; push frames with mode='v2v'")
-    if o.latent_frames_per_chunk < 1 or o.latent_frames_per_chunk + 1 > o.cache.cache_frames:
+    most = min(o.cache.window_frames, o.cache.cache_frames - 1)
+    if not 1 <= o.latent_frames_per_chunk <= most:
         raise ValueError(
-            f"latent_frames_per_chunk {o.latent_frames_per_chunk} + 1 must fit the cache of "
-            f"{o.cache.cache_frames} latent frames; raise window_frames"
+            f"latent_frames_per_chunk must be between 1 and {most}, got {o.latent_frames_per_chunk}: a chunk must fit "
+            f"the window of {o.cache.window_frames} latent frames, and the first one, which has one more, the cache "
+            f"of {o.cache.cache_frames}; raise window_frames"
         )
     if o.clean_pass and o.schedule != "sequential":
         raise ValueError("clean_pass needs schedule='sequential'")

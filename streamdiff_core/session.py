@@ -43,6 +43,7 @@ from streamdiff_core.types import (
 )
 
 if TYPE_CHECKING:
+    from streamdiff_core.attention import PromptContext
     from streamdiff_core.pipeline import StreamPipeline
 
 Prompt = str | Mapping[str, float]
@@ -152,6 +153,8 @@ class StreamSession:
         self._recent: tuple[float, ...] = ()
         self._num_real: dict[int, int] = {}
         self._inputs: list[dict[int, tuple[Tensor, float]]] = [{} for _ in range(self.schedule.num_cache_rows)]
+        self._switch_at: dict[int, str] = {}
+        self._spare = np.empty((0, o.height, o.width, 3), np.uint8)
 
     def _new_schedule(self) -> DenoiseSchedule:
         o = self.options
@@ -205,27 +208,41 @@ class StreamSession:
         return self._deliver(out)
 
     def generate(self, num_frames: int) -> np.ndarray:
-        """Text to video: ``num_frames`` (1 + 4n) new frames, uint8 [T, height, width, 3]."""
+        """Text to video: the next ``num_frames`` frames of the stream, uint8 [T, height, width, 3].
+
+        Whole chunks are made; what the last one holds beyond ``num_frames`` waits for the next call.
+
+        Raises:
+            ValueError: not a text-to-video stream, or fewer than one frame asked for.
+        """
         self._check_open()
         if self.options.mode != "t2v":
             raise ValueError('generate needs a session started with mode="t2v"')
-        latents_wanted = 1 + (num_frames - 1) // self.pipe.preset.vae.temporal_stride
+        if num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {num_frames}")
         self._latency.arrive(num_frames)
-        out: list[np.ndarray] = []
-        while self._next_frame < latents_wanted:
-            out += self._advance(EncodedChunk(self._empty_chunk()))
+        out, missing = [self._spare], num_frames - len(self._spare)
+        while missing > 0:
+            chunk = self._empty_chunk()
+            missing -= chunk.num_frames
+            out += self._advance(EncodedChunk(chunk))
         while self.schedule.num_in_flight:
             out += self._advance(None)
-        return self._deliver([np.concatenate(out)[:num_frames]])
+        clip = np.concatenate(out)
+        self._spare = clip[num_frames:].copy()
+        return self._deliver([clip[:num_frames]])
 
     def set_prompt(self, prompt: Prompt, on_switch: str = "keep") -> None:
-        """Change the prompt; takes effect with the next chunk, chunks in flight finish with the old one.
+        """Change the prompt from the next chunk on; chunks before it, in flight or not, do not notice.
+
+        A cache row switches when the first chunk with the new prompt reaches it, so a stream batch switches row
+        by row. Of several calls between two chunks the last one counts.
 
         Args:
             prompt: text, or {text: weight} to mix.
-            on_switch: ``keep`` the cache; ``recache`` it (one forward per cache row over what it holds, new
-                prompt, SEEDS §3.3); ``flush`` all but the sinks and the last two frames (SEEDS §3.5); ``reset``
-                the stream's cache entirely.
+            on_switch: ``keep`` the cache; ``recache`` it (one joint forward per cache row over what it holds,
+                new prompt, SEEDS §3.3); ``flush`` all but the sinks and the last two frames (SEEDS §3.5);
+                ``reset``: finish what is in flight, then go on with an empty cache.
 
         Raises:
             ValueError: unknown ``on_switch``.
@@ -298,9 +315,9 @@ class StreamSession:
     @torch.inference_mode()
     def denoise_chunk(self, encoded: EncodedChunk | None) -> list[DenoisedChunk]:
         """Run the schedule for one chunk (None: flush one tick); returns the chunks that became ready."""
-        done = self._apply_switch()
-        chunk = None if encoded is None else encoded.chunk
+        chunk, done = None if encoded is None else encoded.chunk, []
         if chunk is not None:
+            done = self._begin_switch(chunk)
             chunk.prompt = self._prompt
             self._num_real[chunk.chunk_idx] = chunk.num_frames
         with self.timer.stage("denoise", None if chunk is None else chunk.chunk_idx):
@@ -382,10 +399,10 @@ class StreamSession:
         n = self.options.latent_frames_per_chunk + (1 if self._next_frame == 0 else 0)
         shape = (n, self.pipe.transformer.config.in_channels, *self._latent_size)
         stride = self.pipe.preset.vae.temporal_stride
+        dtype = torch.promote_types(torch.float32, self.pipe.transformer.dtype)
         count = stride * n - (stride - 1 if self._next_frame == 0 else 0)
-        return self._new_chunk(
-            torch.zeros(shape, device=self.pipe.device), 1.0, tuple(spaced_steps(1000.0, self.options.steps)), count
-        )
+        nothing = torch.zeros(shape, device=self.pipe.device, dtype=dtype)
+        return self._new_chunk(nothing, 1.0, tuple(spaced_steps(1000.0, self.options.steps)), count)
 
     def _tick(self, chunk: Chunk | None) -> list[DenoisedChunk]:
         """Carry out what the schedule asks for, once per chunk."""
@@ -402,9 +419,12 @@ class StreamSession:
                 self._fork(event)
             elif isinstance(event, Emit):
                 num_frames = self._num_real.pop(event.chunk_idx)
+                self._switch_at.pop(event.chunk_idx, None)
                 done.append(DenoisedChunk(event.chunk_idx, event.latents, num_frames))
 
     def _forward(self, rows: list[RowOp]) -> list[Tensor]:
+        for row in rows:
+            self._switch_row(row)
         x0s = self.pipe.engine.forward([(self.cache, row) for row in rows])
         for row in rows:
             self._keep_inputs(row)
@@ -424,8 +444,8 @@ class StreamSession:
         for row in fork.dst:
             self._inputs[row] = dict(self._inputs[fork.src])
 
-    def _apply_switch(self) -> list[DenoisedChunk]:
-        """Carry out a prompt switch between chunks; a reset first finishes what is in flight."""
+    def _begin_switch(self, chunk: Chunk) -> list[DenoisedChunk]:
+        """A prompt switch starts with this chunk; a reset first finishes what is in flight."""
         switch, self._switch, done = self._switch, None, []
         if switch == "reset":
             while self.schedule.num_in_flight:
@@ -433,20 +453,26 @@ class StreamSession:
             self.schedule = self._new_schedule()
             self.cache.clear()
             self._inputs = [{} for _ in self._inputs]
-        elif switch == "flush":
-            self.cache.keep_recent(KEPT_ON_FLUSH)
-        elif switch == "recache":
-            rows = [self._recache_row(r) for r, kept in enumerate(self._inputs) if kept]
-            for row in rows:
-                self.pipe.engine.forward([(self.cache, row)])
+        elif switch in ("flush", "recache"):
+            self._switch_at[chunk.chunk_idx] = switch
         return done
 
-    def _recache_row(self, cache_row: int) -> RowOp:
+    def _switch_row(self, row: RowOp) -> None:
+        """Switch a cache row when the first chunk of the new prompt reaches it, and only then."""
+        switch = self._switch_at.get(row.chunk_idx)
+        if switch is None or self.cache.tables[row.cache_row].slots_of(row.frame_ids[0]):
+            return
+        if switch == "flush":
+            self.cache.keep_recent(KEPT_ON_FLUSH, rows=(row.cache_row,))
+        elif self._inputs[row.cache_row]:
+            self.pipe.engine.forward([(self.cache, self._recache_row(row.cache_row, row.prompt))])
+
+    def _recache_row(self, cache_row: int, prompt: PromptContext) -> RowOp:
         frames = sorted(self._inputs[cache_row])
         inputs = [self._inputs[cache_row][f] for f in frames]
         return RowOp(
             xt=torch.stack([x for x, _ in inputs]), sigma=0.0, timestep=tuple(t for _, t in inputs),
-            frame_ids=tuple(frames), cache_row=cache_row, chunk_idx=-1, step=0, prompt=self._prompt, kind="recache",
+            frame_ids=tuple(frames), cache_row=cache_row, chunk_idx=-1, step=0, prompt=prompt, kind="recache",
         )  # fmt: skip
 
     def _check_open(self) -> None:
