@@ -2,7 +2,9 @@
 
 Parameter names and shapes are those of Wan2.1, so original checkpoints load key by key. Timesteps are per latent
 frame. With ``prediction="x0"`` (our bundled model) the network estimates x0 around a per-channel Wiener estimate
-and the result is handed out as a velocity, so the sampler does not know the difference.
+and the result is handed out as a velocity, so the sampler does not know the difference: ``x0 = (1 + gate) * Wiener +
+std * value``, with a gate and a value per number of a patch. A narrow token cannot carry a patch's noise through the
+network; the gate lets it close a channel where nothing moves and open it where something does.
 
 Shapes: B rows, F latent frames, C channels, h x w latent size, P = tokens per frame, L = F * P, D width, n heads.
 """
@@ -76,7 +78,8 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.head = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+        outputs = config.out_channels * (2 if config.prediction == "x0" else 1)  # value, gate
+        self.head = nn.Linear(config.dim, outputs * math.prod(config.patch_size))
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / math.sqrt(config.dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -187,10 +190,11 @@ class CausalWanTransformer(nn.Module):
         return xt.to(sigma) * variance.rsqrt()
 
     def _velocity(self, xt: Tensor, out: Tensor, sigma: Tensor) -> Tensor:
-        """x0 = Wiener estimate + std * out, expressed as a velocity."""
+        """x0 = (1 + gate) * Wiener estimate + std * value, expressed as a velocity; out [B, F, 2 C, h, w]."""
+        value, gate = out.chunk(2, dim=2)
         std = self.latent_std[:, None, None].to(sigma)
         wiener = (1 - sigma) * std.square() / (((1 - sigma) * std).square() + sigma.square())
-        x0 = wiener * xt + std * out
+        x0 = (1 + gate) * wiener * xt + std * value
         return (xt - x0) / sigma.clamp_min(1e-3)
 
     def _rotations(

@@ -26,7 +26,7 @@ from streamdiff_core.text import TinyTextEncoder
 from streamdiff_core.training.data import STYLE_NAMES, LatentClips
 from streamdiff_core.training.prompts import DEFAULT_PROMPTS, sample_prompt, training_prompts
 from streamdiff_core.training.runs import Average, Run
-from streamdiff_core.training.vae_basis import latent_std
+from streamdiff_core.training.vae_basis import is_motion, latent_std
 from streamdiff_core.vae import TinyVAE
 
 
@@ -46,6 +46,7 @@ PHASES = (
     Phase(0.7, frames=4, cells=16, rows=4),
     Phase(0.9, frames=4, cells=32, rows=1),
 )
+MOTION_WEIGHT = 3.0
 SELF_INPUT_FROM = 0.35
 PROMPTS_PER_STYLE = 160
 PROMPTS_PER_BATCH = 16
@@ -130,6 +131,7 @@ class Objective:
         self.pixel_weight = 1 / (vae.scale.square() * vae.basis.shape[1])  # latent error² -> mean pixel error²
         self.detail_weight = (model.latent_std / vae.scale).pow(-0.25)
         self.detail_weight = self.detail_weight / self.detail_weight.mean()
+        self.detail_weight = torch.where(is_motion(vae), MOTION_WEIGHT, 1.0) * self.detail_weight
 
     def predict(self, xt: Tensor, sigma: Tensor, prompts: PromptContext, ids: Tensor, mask: Tensor | None) -> Tensor:
         """x0 prediction, float32."""
@@ -166,6 +168,9 @@ class Objective:
         error = (x0 - target).square().mean((3, 4))  # [B, F, C]
         weight = 1 / (sigma.square() + 0.1)
         loss = ((error * self.pixel_weight * self.detail_weight).sum(-1) * weight).mean()
+        if f > 1:  # errors should not change from one latent frame to the next
+            change = (x0 - target).diff(dim=1).square().mean((3, 4))
+            loss = loss + 0.5 * ((change * self.pixel_weight).sum(-1) * weight[:, 1:]).mean()
         pixel_mse = (error.detach() * self.pixel_weight).sum(-1)[from_source.expand(b, f)].mean().item() / 4
         return loss, -10 * math.log10(max(pixel_mse, 1e-9))
 
