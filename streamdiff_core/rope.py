@@ -1,10 +1,10 @@
 """3D rotary positions, split into a spatial part (fixed) and a temporal part (a map chosen at read time).
 
-Wan rotates pairs of each head by angles of (time, row, column) (SPEC §1.6). Only differences of temporal positions
-matter to attention, so every published scheme is one of five maps from latent frame to position (SEEDS §2.1):
-``absolute | packed | slots | ahead | wrap``. Keys are cached with the spatial part applied and the temporal part
-not; a map is then one rotation of the first ``rope_columns[0]`` complex columns. Angles are computed in float64, so
-there is no 1,024-entry table to run off the end of.
+Wan rotates pairs of each head by angles of (time, row, column) (SPEC §1.6). Only differences of temporal
+positions matter to attention, so every published scheme is one of five maps from latent frame to position
+(SEEDS §2.1): ``absolute | packed | slots | ahead | wrap``. Keys are cached with the spatial part applied and
+the temporal part not; a map is then one rotation of the first ``rope_columns[0]`` complex columns. Angles are
+computed in float64, so there is no 1,024-entry table to run off the end of.
 
 Shapes: L tokens, F latent frames, n heads, d head dim, c = d/2 complex columns.
 """
@@ -38,7 +38,7 @@ def _unit(angles: Tensor, dtype: torch.dtype) -> Tensor:
 def spatial_rotation(
     rows: int, cols: int, columns: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Multiplier [rows * cols, c] for the tokens of one latent frame in (y, x) order; temporal columns are 1."""
+    """Multiplier [rows * cols, c] for the tokens of one latent frame, (y, x) order; 1 in temporal columns."""
     time, height, width = columns
     y = torch.arange(rows).repeat_interleave(cols)
     x = torch.arange(cols).repeat(rows)
@@ -62,7 +62,7 @@ def rotate(x: Tensor, multiplier: Tensor) -> Tensor:
 
     Args:
         x: [..., L, n, d]; computed in float32 or better, returned in its own dtype.
-        multiplier: complex [..., L, m] with m <= d / 2, broadcast over heads; pairs beyond m are left as they are.
+        multiplier: complex [..., L, m] with m <= d / 2, broadcast over heads; pairs beyond m are kept.
 
     Source: SPEC §1.6 (pairs (x[2i], x[2i+1]) are one complex number); the reference multiplies in complex128.
     """
@@ -99,9 +99,9 @@ def temporal_positions(
     """Temporal RoPE position of every visible latent frame.
 
     Args:
-        mode: ``absolute`` (frame index), ``packed`` (0, 1, 2 … in cache order), ``slots`` (sinks and window each
-            count from a fixed origin), ``ahead`` (sinks sit ``ahead_frames`` beyond the newest frame), ``wrap``
-            (absolute, with refresh).
+        mode: ``absolute`` (frame index), ``packed`` (0, 1, 2 … in cache order), ``slots`` (sinks and window
+            each count from a fixed origin), ``ahead`` (sinks sit ``ahead_frames`` beyond the newest frame),
+            ``wrap`` (absolute, with refresh).
         sinks: frame indices of the sinks, oldest first.
         window: frame indices of the rolling window, current chunk included, oldest first.
 

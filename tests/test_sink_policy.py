@@ -245,6 +245,10 @@ def test_longer_chunks_and_missing_descriptors_leave_sinks_alone(form):
     policy = policy_of(2, 2, adaptive_sink=form)
     assert play(policy, [(0, 1), (2, 3), (4, 5)], [EAST, EAST, WEST]).frames == [0, 1, 4, 5]
     assert play(policy, [(0, 1), (2,), (3,), (4,)]).frames == [0, 1, 4, 3]
+    late = play(
+        policy, [(0, 1), (2,), (3,), (4,)], [None, EAST, EAST, WEST]
+    )  # sinks came without a descriptor
+    assert late.frames == [0, 1, 4, 3]
     assert play(policy_of(0, 2, adaptive_sink=form), [(0,), (1,), (2,)], [EAST, EAST, WEST]).frames == [2, 1]
 
 

@@ -1,13 +1,13 @@
 """Sink + rolling window: the cache of StreamDiffusionV2 (paper §3.2, SPEC §2, SEEDS §3.1-3.2).
 
-The first ``sink_frames`` latent frames of the stream stay; the last ``window_frames`` roll. Slots fill in order and
-the oldest non-sink slot is then overwritten in place (a ring: no memory moves). Optionally a stale sink is
-refreshed when the content has changed.
+The first ``sink_frames`` latent frames of the stream stay; the last ``window_frames`` roll. Slots fill in
+order and the oldest non-sink slot is then overwritten in place (a ring: no memory moves). Optionally a stale
+sink is refreshed when the content has changed.
 
-Where this differs from the released code, on purpose (SPEC §2.3, §2.6, §2.8): ``sink_frames`` is honoured for every
-value; later denoising steps of a chunk never evict; the sink decision is taken once per chunk for all layers,
-from a descriptor of the clean source latents instead of rotated keys; empty slots are never compared; the table
-belongs to the stream, so nothing leaks into the next one.
+Where this differs from the released code, on purpose (SPEC §2.3, §2.6, §2.8): ``sink_frames`` is honoured for
+every value; later denoising steps of a chunk never evict; the sink decision is taken once per chunk for all
+layers, from a descriptor of the clean source latents instead of rotated keys; empty slots are never compared;
+the table belongs to the stream, so nothing leaks into the next one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SinkPolicy:
     ) -> RowPlan:
         """Place the chunk ``frame_ids`` and return what this forward writes and reads.
 
-        Frames already in the table (later denoising steps, clean pass) keep their slots: nothing is evicted twice.
+        Frames already in the table (later denoising steps, clean pass) keep their slots: no second eviction.
 
         Args:
             table: the row's slots; updated in place when the chunk is new.
@@ -91,7 +91,7 @@ class SinkPolicy:
             table.frames[slot] = frame
 
     def _stale_sinks(self, table: SlotTable, descriptor: np.ndarray | None) -> list[int]:
-        """Sink slots less similar to the chunk than the threshold, least similar first. Empty slots never count."""
+        """Sink slots less similar to the chunk than the threshold, least similar first; empty ones never."""
         if self.config.adaptive_sink == "off" or descriptor is None:
             return []
         similarity = {
