@@ -97,7 +97,8 @@ def test_order_case_and_spelling(encoder):
     a, b, c, d = encoder.encode(
         ["red car blue sky", "blue car red sky", "RED car, Blue sky.", "red cars blue sky"]
     )
-    assert (a - b).abs().max() > 1e-3  # positions count
+    # positions count: without them b would be a with two rows swapped
+    assert (a[[2, 1, 0, 3]] - b[:4]).abs().max() > 1e-3
     assert_close(a, c)  # case and punctuation do not
     table = encoder.table.weight
     near = torch.cosine_similarity(

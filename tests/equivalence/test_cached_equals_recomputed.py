@@ -311,8 +311,11 @@ def test_wrap_repeats_itself_every_period():
 
 
 def test_two_rows_of_one_forward_are_two_streams():
-    """Rows at different frames and noise levels, each with its own cache row, as in a stream batch."""
-    cache = CacheConfig(sink_frames=1, window_frames=2, positions="packed")
+    """Rows at different frames and noise levels, each with its own cache row, as in a stream batch.
+
+    Row 1 is 7 frames ahead; a row turned by the other's positions would show under ``absolute``.
+    """
+    cache = CacheConfig(sink_frames=1, window_frames=2, positions="absolute")
     chunks = chunks_of([2] + [1] * 7)
     inputs = [inputs_for(chunks, 1) for _ in range(2)]
     alone = [streamed(cache, chunks, i) for i in inputs]
