@@ -81,9 +81,7 @@ class SinkPolicy:
             return
         stale = self._stale_sinks(table, descriptor)
         if self.config.adaptive_sink == "released" and stale:
-            table.frames[stale[0]] = (
-                frame  # instead of rolling: the window keeps its oldest frame (SPEC §2.6)
-            )
+            table.frames[stale[0]] = frame  # instead of rolling: the window stays as it is (SPEC §2.6)
             return
         rolling = [slot for slot, is_sink in enumerate(table.is_sink) if not is_sink]
         table.frames[min(rolling, key=lambda slot: table.frames[slot])] = frame
