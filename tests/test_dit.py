@@ -136,20 +136,21 @@ def test_silent_network_gives_the_wiener_estimate():
     assert_close(out, x * factor, atol=1e-5, rtol=1e-5)
 
 
-def test_x0_is_wiener_plus_scaled_output():
-    """The same weights as a velocity model, fed with the input at unit variance, give the correction."""
+def test_x0_is_gated_wiener_plus_scaled_value():
+    """The same weights as a velocity model of twice the channels, fed at unit variance, give value and gate."""
     std = torch.tensor([0.5, 2.0, 1.0])
     model = x0_model(std.tolist())
-    raw = random_model()
+    raw = random_model(out_channels=6)
     raw.load_state_dict({name: v for name, v in model.state_dict().items() if name != "latent_std"})
     x, t, context = inputs()
     prompt = model.encode_prompt(context)
     sigma, s = (t / 1000)[:, :, None, None, None], std[:, None, None]
     variance = (s * (1 - sigma)) ** 2 + sigma**2
-    x0 = (1 - sigma) * s**2 / variance * x + s * raw(x / variance.sqrt(), t, prompt)
+    value, gate = raw(x / variance.sqrt(), t, prompt).chunk(2, dim=2)
+    x0 = (1 + gate) * (1 - sigma) * s**2 / variance * x + s * value
     velocity = model(x, t, prompt)
     assert_close(x - sigma * velocity, x0, atol=1e-5, rtol=1e-5)
-    assert (velocity - raw(x, t, prompt)).abs().max() > 0.1
+    assert min(value.std(), gate.std()) > 0.1, "neither may be lost in the tolerance"
 
 
 def test_spread_is_saved_with_the_weights():
