@@ -32,7 +32,7 @@ from streamdiff_core.vae import TinyVAE
 
 @dataclass(frozen=True)
 class Phase:
-    """From ``begin`` (share of the budget) on: rows of ``frames`` latent frames, ``cells`` wide."""
+    """From ``begin`` (share of the budget) on: rows of ``frames`` latent frames, ``cells`` wide; equals take turns."""
 
     begin: float
     frames: int
@@ -43,8 +43,10 @@ class Phase:
 PHASES = (
     Phase(0.0, frames=1, cells=8, rows=64),
     Phase(0.24, frames=1, cells=16, rows=16),
-    Phase(0.7, frames=4, cells=16, rows=4),
-    Phase(0.9, frames=4, cells=32, rows=1),
+    Phase(0.36, frames=1, cells=16, rows=16),
+    Phase(0.36, frames=4, cells=16, rows=4),
+    Phase(0.8, frames=4, cells=16, rows=4),
+    Phase(0.8, frames=4, cells=32, rows=1),
 )
 MOTION_WEIGHT = 3.0
 SELF_INPUT_FROM = 0.35
@@ -233,9 +235,11 @@ def train_dit(
     bar = tqdm(total=round(minutes * 60), initial=round(run.seconds), unit="s", desc="dit")
     while run.seconds < 60 * minutes:
         progress = run.seconds / (60 * minutes)
-        phase = [p for p in PHASES if p.begin <= progress][-1]
+        latest = max(p.begin for p in PHASES if p.begin <= progress)
+        turns = [p for p in PHASES if p.begin == latest]
+        phase = turns[run.step % len(turns)]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
-        self_input = progress > SELF_INPUT_FROM and run.step % 4 == 0
+        self_input = progress > SELF_INPUT_FROM and run.step % 8 < 2
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * min(1, (run.step + 1) / 100) * (0.02 + 0.98 * math.cos(progress * math.pi / 2) ** 2)
         loss, psnr = objective(batches.draw(run.step, phase), generator, self_input)
