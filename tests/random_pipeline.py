@@ -1,7 +1,7 @@
 """A whole pipeline with random float64 weights, small enough to stream hundreds of frames in a second.
 
-No weight is zero and none is small: what a frame of the past, a prompt or a noise level changes must show in the
-output, else a test that compares outputs proves nothing.
+No weight is zero and none is small: what a frame of the past, a prompt or a noise level changes must show
+in the output, else a test that compares outputs proves nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ RELEASED_STEPS = replace(
     schedule=ScheduleConfig(),
     cache=CacheConfig(positions="wrap", refresh_at=9),
 )
-"""Same model under the released rules: steps 700 500 400 200, sigma table, told 100 less than the noise added."""
+"""Same model under the released rules: steps 700 500 400 200, sigma table, told 100 less than the noise
+added.
+"""
 
 
 def randomise(module: nn.Module, seed: int) -> nn.Module:
@@ -89,7 +91,9 @@ def random_pipeline(preset: Preset = RANDOM_PRESET, seed: int = 0) -> StreamPipe
 
 
 def moving_frames(num_frames: int, seed: int = 0, height: int = SIDE, width: int = SIDE) -> np.ndarray:
-    """uint8 [T, H, W, 3]: coarse random blocks that change at an uneven pace, so that motion differs per chunk."""
+    """uint8 [T, H, W, 3]: coarse random blocks that change at an uneven pace, so that motion differs per
+    chunk.
+    """
     rng = np.random.default_rng(seed)
     a, b = (np.kron(rng.uniform(-1, 1, (height // 8, width // 8, 3)), np.ones((8, 8, 1))) for _ in "ab")
     phases = np.cumsum(0.15 * (1 + np.sin(np.arange(num_frames) / 5.0)))

@@ -1,4 +1,6 @@
-"""Rows of any mix in one forward: each gets what it would get alone, in order, with one cache decision each."""
+"""Rows of any mix in one forward: each gets what it would get alone, in order, with one cache decision
+each.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def test_x0_from_the_model_s_velocity(model, prompts):
 
 
 def test_mixed_rows_equal_rows_alone(model, prompts):
-    """Two streams, three prompts, other levels, positions, lengths and fill levels; twice, so that caches matter."""
+    """Two streams, three prompts, other levels, positions, lengths and fill levels; twice, so that caches
+    matter.
+    """
 
     def rows(offset):
         return [
@@ -76,7 +80,9 @@ def test_mixed_rows_equal_rows_alone(model, prompts):
 
 def test_one_batch_per_shape(model, prompts, monkeypatch):
     shapes, forward = [], model.forward
-    monkeypatch.setattr(model, "forward", lambda xt, *a: shapes.append(tuple(xt.shape[:2])) or forward(xt, *a))
+    monkeypatch.setattr(
+        model, "forward", lambda xt, *a: shapes.append(tuple(xt.shape[:2])) or forward(xt, *a)
+    )
     cache = new_cache(model, 4)
     rows = [make_row(r, [0, 1] if r == 2 else [0], prompts[0], r) for r in range(4)]
     Engine(model).forward([(cache, row) for row in rows])
@@ -94,7 +100,7 @@ def test_one_timestep_per_frame(model, prompts):
 
 
 def test_one_decision_per_row(model, prompts, monkeypatch):
-    """The policy is asked once per row and forward, not once per layer (SPEC §2.6-e: layers then disagree)."""
+    """The policy is asked once per row and forward, not once per layer (SPEC §2.6-e)."""
     asked, plan = [], SinkPolicy.plan
     monkeypatch.setattr(SinkPolicy, "plan", lambda self, *a: asked.append(a[1]) or plan(self, *a))
     cache = new_cache(model, 2)
@@ -108,7 +114,9 @@ def test_two_rows_of_one_cache_row_are_refused(model, prompts):
     with pytest.raises(ValueError, match="same cache row"):
         Engine(model).forward(rows)
     assert cache.tables[0].num_filled == 0  # refused before anything was written
-    Engine(model).forward([(new_cache(model), row) for _, row in rows])  # same row number of two streams is fine
+    Engine(model).forward(
+        [(new_cache(model), row) for _, row in rows]
+    )  # same row number of two streams is fine
 
 
 def test_x0_model_under_bfloat16_keeps_float32_latents(prompts):

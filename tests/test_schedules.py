@@ -1,4 +1,6 @@
-"""Schedules on a fake model: which rows, in which order, at which level, with which noise; and the noise itself."""
+"""Schedules on a fake model: which rows, in which order, at which level, with which noise; and the noise
+itself.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,13 @@ def test_stream_batch_with_three_steps():
     schedule = StreamBatch(stepper(), 3)
     ticks = script(schedule, [make_chunk(0), make_chunk(1), make_chunk(2), make_chunk(3), None, None, None])
     assert ticks == [
-        [("forward", (0, 0, 0)), ("forward", (0, 1, 0)), ("forward", (0, 2, 0)), ("fork", 0, (1, 2)), ("emit", 0, 0.2)],
+        [
+            ("forward", (0, 0, 0)),
+            ("forward", (0, 1, 0)),
+            ("forward", (0, 2, 0)),
+            ("fork", 0, (1, 2)),
+            ("emit", 0, 0.2),
+        ],
         [("forward", (1, 0, 0))],  # rows 1 and 2 hold no chunk and are not computed
         [("forward", (2, 0, 0), (1, 1, 1))],
         [("forward", (3, 0, 0), (2, 1, 1), (1, 2, 2)), ("emit", 1, 1.2)],
@@ -122,11 +130,19 @@ def test_sequential():
 
 
 def test_one_cache_per_step():
-    """The first chunk fills row 0 with all steps, as the stream batch does; then step j has row j to itself."""
+    """The first chunk fills row 0 with all steps, as the stream batch does; then step j has row j to
+    itself.
+    """
     schedule = Sequential(stepper(), 3, cache_per_step=True)
     assert schedule.num_cache_rows == 3
     assert script(schedule, [make_chunk(0), make_chunk(1)]) == [
-        [("forward", (0, 0, 0)), ("forward", (0, 1, 0)), ("forward", (0, 2, 0)), ("fork", 0, (1, 2)), ("emit", 0, 0.2)],
+        [
+            ("forward", (0, 0, 0)),
+            ("forward", (0, 1, 0)),
+            ("forward", (0, 2, 0)),
+            ("fork", 0, (1, 2)),
+            ("emit", 0, 0.2),
+        ],
         [("forward", (1, 0, 0)), ("forward", (1, 1, 1)), ("forward", (1, 2, 2)), ("emit", 1, 1.2)],
     ]
 
@@ -148,12 +164,18 @@ def test_clean_pass_needs_one_cache():
 
 @pytest.mark.parametrize("build", [StreamBatch, Sequential])
 def test_levels_and_noise_of_each_step(build):
-    """By hand for chunk 2: latents -1, noise scale 0.25, its own noise 2000 + 100 step, x0 of the step before."""
+    """By hand for chunk 2: latents -1, noise scale 0.25, its own noise 2000 + 100 step, x0 of the step
+    before.
+    """
     schedule, rows = build(stepper(), 3), []
     for chunk in (make_chunk(0), make_chunk(1), make_chunk(2), None, None):
         rows += [r for e in events_of(schedule, chunk) if isinstance(e, ForwardOp) for r in e.rows]
     mine = [r for r in rows if r.chunk_idx == 2]
-    assert [(r.step, r.timestep, r.sigma) for r in mine] == [(0, 700.0, 0.7), (1, 500.0, 0.5), (2, 200.0, 0.2)]
+    assert [(r.step, r.timestep, r.sigma) for r in mine] == [
+        (0, 700.0, 0.7),
+        (1, 500.0, 0.5),
+        (2, 200.0, 0.2),
+    ]
     expected = [0.75 * -1 + 0.25 * 2000, 0.5 * 2.0 + 0.5 * 2100, 0.8 * 2.1 + 0.2 * 2200]
     for row, value in zip(mine, expected, strict=True):
         assert_close(row.xt, torch.full(SHAPE, value))

@@ -51,7 +51,8 @@ def test_any_split(pipe, frames, whole, cuts, name):
 def test_frames_out_equal_frames_in(pipe, frames, whole, name):
     """1 … 14 frames; upstream drops what does not fill a chunk and the last S - 1 chunks.
 
-    Where the clip ends only changes the chunk it ends in: frames of whole chunks are those of the longer clip.
+    Where the clip ends only changes the chunk it ends in: frames of whole chunks are those of the longer
+    clip.
     """
     group = 4 * OPTIONS[name].get("latent_frames_per_chunk", 1)
     for length in range(1, 15):

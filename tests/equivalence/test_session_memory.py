@@ -1,9 +1,10 @@
-"""A stream may go on for ever: constant memory, and no jump at latent frame 1,024, where the reference's table ends.
+"""A stream may go on for ever: constant memory, no jump at latent frame 1,024, where upstream's table ends.
 
-Input that stands still, with fixed noise, has to give output that stands still: once the window has forgotten how
-the stream began, every chunk is computed from the same numbers, only at later frame indices. Any difference is a
-trace of the index. Two maps show the index by design: ``wrap`` repeats with the period of its refresh, and
-``absolute`` with a sink turns the sink further with every frame, at frame 1,024 no faster than before.
+Input that stands still, with fixed noise, has to give output that stands still: once the window has
+forgotten how the stream began, every chunk is computed from the same numbers, only at later frame indices.
+Any difference is a trace of the index. Two maps show the index by design: ``wrap`` repeats with the period
+of its refresh, and ``absolute`` with a sink turns the sink further with every frame, at frame 1,024 no
+faster than before.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def picture():
 
 
 def start(pipe, steps=1, **cache):
-    return pipe.start("pencil", steps=steps, cache=CacheConfig(**{"sink_frames": 1, "window_frames": 3} | cache))
+    return pipe.start(
+        "pencil", steps=steps, cache=CacheConfig(**{"sink_frames": 1, "window_frames": 3} | cache)
+    )
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """A session owns its stream: no other session, before it or beside it, changes a bit of its output.
 
 Upstream keeps ring indices on the attention modules, edits the shared step list in place and feeds all users
-through one queue, so a second session sees the first (SPEC §2.8-1, §3, §7). Alone means batch 1, so equal means
-bit for bit; rows of two sessions in one forward are summed in another order, hence the float64 tolerance there.
+through one queue, so a second session sees the first (SPEC §2.8-1, §3, §7). Alone means batch 1, so equal
+means bit for bit; rows of two sessions in one forward are summed in another order, hence the float64
+tolerance there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_pipeline import RANDOM_PRESET, RELEASED_STEPS, moving_frames, random_pipeline, record_latents, stream
+from random_pipeline import (
+    RANDOM_PRESET,
+    RELEASED_STEPS,
+    moving_frames,
+    random_pipeline,
+    record_latents,
+    stream,
+)
 from torch.testing import assert_close
 
 from streamdiff_core.types import Emit, Fork, ForwardOp
@@ -66,7 +74,8 @@ def test_second_session_equals_a_fresh_process(clips):
     code = (
         "import sys, numpy as np, torch; torch.set_num_threads(1);"
         "from random_pipeline import *;"
-        f"out = stream(random_pipeline().start('pencil', **{OPTIONS_A}), moving_frames({NUM_FRAMES}, seed=1));"
+        f"session = random_pipeline().start('pencil', **{OPTIONS_A});"
+        f"out = stream(session, moving_frames({NUM_FRAMES}, seed=1));"
         "sys.stdout.buffer.write(out.tobytes())"
     )
     tests = Path(__file__).resolve().parent.parent
@@ -83,8 +92,8 @@ def test_second_session_equals_a_fresh_process(clips):
 def test_interleaved_sessions_equal_each_alone(preset, clips):
     """Two users take turns on one pipeline, with other prompts, seeds, steps and pieces of other lengths.
 
-    Upstream's shared queue hands chunks out as they come and mixes the two clips; its step list, edited in place,
-    carries one user's first timestep to the other (SPEC §3, §6.6, §7).
+    Upstream's shared queue hands chunks out as they come and mixes the two clips; its step list, edited in
+    place, carries one user's first timestep to the other (SPEC §3, §6.6, §7).
     """
     alone = [
         fresh(preset, clips[0], "pencil", **OPTIONS_A),
@@ -103,7 +112,9 @@ def test_interleaved_sessions_equal_each_alone(preset, clips):
 
 
 def together(sessions, encoded):
-    """One tick of every session, with the rows of all in one ``Engine.forward``; x0 of what left, per session."""
+    """One tick of every session, with the rows of all in one ``Engine.forward``; x0 of what left, per
+    session.
+    """
     ticks = [s.schedule.push(e.chunk) for s, e in zip(sessions, encoded, strict=True)]
     replies, left, open_ = [None] * len(ticks), [[] for _ in ticks], set(range(len(ticks)))
     while open_:
@@ -173,7 +184,9 @@ def test_noise_belongs_to_seed_chunk_and_step(clips):
 
 
 def test_presets_and_options_are_not_edited(clips):
-    """Upstream writes each chunk's first timestep into the configured list; ours is frozen and stays as it was."""
+    """Upstream writes each chunk's first timestep into the configured list; ours is frozen and stays as it
+    was.
+    """
     pipe = random_pipeline(RELEASED_STEPS)
     session = pipe.start("pencil", **OPTIONS_A)
     seen = [session.encode_chunk(clips[0][:5]).chunk.timesteps]

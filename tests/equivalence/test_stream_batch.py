@@ -1,9 +1,10 @@
 """Stream batch ≡ sequential sampling with one cache per step and the same noise (SEEDS §2.1-4), in float64.
 
 The two schedules share how a row is made and nothing of when it runs: the batch interleaves S chunks in one
-forward, the sequential one finishes a chunk before it looks at the next. A chunk that read another row's cache,
-saw a frame too many or got another chunk's noise or timesteps would differ by 0.1 and more. Whole sessions are
-compared, so motion, changing first timesteps, padding of the tail and prompt switches are part of it.
+forward, the sequential one finishes a chunk before it looks at the next. A chunk that read another row's
+cache, saw a frame too many or got another chunk's noise or timesteps would differ by 0.1 and more. Whole
+sessions are compared, so motion, changing first timesteps, padding of the tail and prompt switches are part
+of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from random_pipeline import RANDOM_PRESET, RELEASED_STEPS, moving_frames, random_pipeline, record_latents, stream
+from random_pipeline import (
+    RANDOM_PRESET,
+    RELEASED_STEPS,
+    moving_frames,
+    random_pipeline,
+    record_latents,
+    stream,
+)
 from torch.testing import assert_close
 
 from streamdiff_core.config import CacheConfig
@@ -64,7 +72,9 @@ def test_same_chunks(pipe, frames, steps, latent_frames_per_chunk):
     for a, b in zip(batch, sequential, strict=True):
         assert_close(a, b, **TOLERANCE)
     assert len(out) == NUM_FRAMES
-    assert_close(out.astype(int), twin_out.astype(int), atol=1, rtol=0)  # 1e-9 may still cross a rounding edge
+    assert_close(
+        out.astype(int), twin_out.astype(int), atol=1, rtol=0
+    )  # 1e-9 may still cross a rounding edge
 
 
 def test_the_comparison_can_fail(pipe, frames):
@@ -123,10 +133,10 @@ def test_one_step_is_plain_sequential(pipe, frames):
 
 
 def test_later_steps_of_a_chunk_never_evict(frames):
-    """Upstream's sequential mode is mis-phased: from the frame that fills its ring, each chunk takes two slots.
+    """Upstream's sequential mode is mis-phased: once its ring is full each chunk takes two slots.
 
-    Here, after every chunk, each cache row holds the sink and the last three frames, with 1 to 4 steps, with and
-    without the clean pass (SPEC §2.8-2).
+    Here, after every chunk, each cache row holds the sink and the last three frames, with 1 to 4 steps,
+    with and without the clean pass (SPEC §2.8-2).
     """
     pipe = random_pipeline()
     for steps, clean in [(1, False), (2, False), (4, False), (2, True)]:

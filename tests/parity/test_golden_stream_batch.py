@@ -1,9 +1,10 @@
 """Stream batch with 1 and 2 denoising steps, 14 ticks after the first chunk, against the recorded reference.
 
 The reference is fed noisy latents directly, so they go in as the noise of step 0 at noise scale 1; the draws
-for later steps and each chunk's first timestep go in as recorded. In the first tick with 2 steps the reference
-also runs row 1, which holds no chunk yet, on zeros. We do not compute such a row: its model input, output and
-what it left in its own cache are compared from the next tick on, when its first chunk has overwritten them.
+for later steps and each chunk's first timestep go in as recorded. In the first tick with 2 steps the
+reference also runs row 1, which holds no chunk yet, on zeros. We do not compute such a row: its model
+input, output and what it left in its own cache are compared from the next tick on, when its first chunk has
+overwritten them.
 """
 
 from __future__ import annotations
