@@ -122,6 +122,22 @@ def test_recache_is_joint(pipe, frames):
     assert session.cache.tables[0].frames == table  # nothing moved, nothing evicted, the sink is where it was
 
 
+def test_recache_uses_the_new_prompt(pipe, frames):
+    """``recache`` ≡ re-running the cached frames by hand with the new prompt, then ``keep``; not the old one."""
+    next_chunk = {}
+    for how in ("switch", "oil paint", "pencil"):
+        session = pipe.start("pencil", steps=1)
+        latents = record_latents(session)
+        session.push(frames[:33])
+        if how != "switch":
+            recache_now(session, how)
+        session.set_prompt("oil paint", "recache" if how == "switch" else "keep")
+        session.push(frames[33:37])
+        next_chunk[how] = latents[-1]
+    assert_close(next_chunk["switch"], next_chunk["oil paint"], rtol=0, atol=1e-12)
+    assert (next_chunk["switch"] - next_chunk["pencil"]).abs().max() > 1e-3
+
+
 def test_flush_keeps_the_sink_and_the_last_two_frames(pipe, frames):
     session = pipe.start("pencil", steps=1)
     session.push(frames[:33])  # latent frames 0 … 8
