@@ -123,7 +123,7 @@ def test_recache_is_joint(pipe, frames):
 
 
 def test_recache_uses_the_new_prompt(pipe, frames):
-    """``recache`` ≡ re-running the cached frames by hand with the new prompt, then ``keep``; not the old one."""
+    """``recache`` ≡ re-running the cached frames by hand with the new prompt, then ``keep``."""
     next_chunk = {}
     for how in ("switch", "oil paint", "pencil"):
         session = pipe.start("pencil", steps=1)
