@@ -137,7 +137,7 @@ def test_silent_network_gives_the_wiener_estimate():
 
 
 def test_x0_is_gated_wiener_plus_scaled_value():
-    """The same weights as a velocity model of twice the channels, fed at unit variance, give value and gate."""
+    """A velocity model of twice the channels, same weights, fed at unit variance, gives value and gate."""
     std = torch.tensor([0.5, 2.0, 1.0])
     model = x0_model(std.tolist())
     raw = random_model(out_channels=6)
