@@ -1,12 +1,12 @@
 """Stage 2: the causal DiT, trained to turn a noised source latent into the styled latent.
 
-Flow matching with x0-regression that also teaches the SDEdit start of video-to-video: ``xt = (1 - sigma) z + sigma
-noise`` where z is the *source* latent at the noise levels a stream starts from, and the styled latent (or the
-model's own earlier prediction) at the levels of later steps; the target is always the styled latent. Training
-begins on small single-frame crops, which are many per second, and ends on 256 px sequences with the block-causal
-mask and the sink + window positions of the stream.
+Flow matching with x0-regression that also teaches the SDEdit start of video-to-video:
+``xt = (1 - sigma) z + sigma noise`` where z is the *source* latent at the noise levels a stream starts from,
+and the styled latent (or the model's own earlier prediction) at the levels of later steps; the target is
+always the styled latent. Training begins on small single-frame crops, which are many per second, and ends on
+256 px sequences with the block-causal mask and the sink + window positions of the stream.
 
-The learning-rate schedule runs over minutes, not steps, so a run can be sized to the time there is; it resumes.
+The learning-rate schedule runs over minutes, not steps: a run can be sized to the time there is; it resumes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.text import TinyTextEncoder
 from streamdiff_core.training.data import STYLE_NAMES, LatentClips
 from streamdiff_core.training.prompts import DEFAULT_PROMPTS, sample_prompt, training_prompts
-from streamdiff_core.training.runs import Average, Run
+from streamdiff_core.training.runs import Average, Run, learning_rate, set_learning_rate
 from streamdiff_core.training.vae_basis import is_motion, latent_std
 from streamdiff_core.vae import TinyVAE
 
 
 @dataclass(frozen=True)
 class Phase:
-    """From ``begin`` (share of the budget) on: rows of ``frames`` latent frames, ``cells`` wide; equals take turns."""
+    """From ``begin`` (share of the budget) on: rows of ``frames`` latent frames, ``cells`` wide.
+
+    Phases that begin together take turns.
+    """
 
     begin: float
     frames: int
@@ -50,6 +53,7 @@ PHASES = (
 )
 MOTION_WEIGHT = 3.0
 SELF_INPUT_FROM = 0.35
+LOG_EVERY_S = 120
 PROMPTS_PER_STYLE = 160
 PROMPTS_PER_BATCH = 16
 
@@ -94,7 +98,13 @@ class Batches:
         return {"source": source, "target": target, "context": context, "group": torch.from_numpy(group)}
 
     def _blend(
-        self, rng: np.random.Generator, a: np.ndarray, b: np.ndarray, share: Tensor, group: np.ndarray, phase: Phase
+        self,
+        rng: np.random.Generator,
+        a: np.ndarray,
+        b: np.ndarray,
+        share: Tensor,
+        group: np.ndarray,
+        phase: Phase,
     ) -> tuple[Tensor, Tensor]:
         state = rng.bit_generator.state
         source, first = self.clips.sample(rng, a[group], phase.frames, phase.cells)
@@ -104,14 +114,14 @@ class Batches:
 
 
 def draw_noise(target: Tensor, generator: torch.Generator) -> Tensor:
-    """Unit noise like ``target`` [B, F, C, h, w]; in half of the rows all frames share it, as in a live stream."""
+    """Unit noise like ``target`` [B, F, C, h, w]; in half of the rows all frames share it, as in a stream."""
     noise = torch.randn(target.shape, generator=generator)
     fixed = torch.rand(len(target), generator=generator) < 0.5
     return torch.where(fixed[:, None, None, None, None], noise[:, :1], noise)
 
 
 def random_frame_ids(rows: int, frames: int, generator: torch.Generator) -> Tensor:
-    """Temporal positions [B, F]: packed (0, 1, 2 …) in three of four rows, else a sink far behind a window."""
+    """Temporal positions [B, F]: packed (0, 1, 2 …) in three of four rows, else a sink far behind."""
     ids = torch.arange(frames).repeat(rows, 1)
     if frames > 1:
         gap = torch.randint(0, 200, (rows, 1), generator=generator)
@@ -130,19 +140,24 @@ class Objective:
 
     def __init__(self, model: CausalWanTransformer, vae: TinyVAE) -> None:
         self.model = model
-        self.pixel_weight = 1 / (vae.scale.square() * vae.basis.shape[1])  # latent error² -> mean pixel error²
+        # latent error² -> mean pixel error², exact because the basis is orthonormal
+        self.pixel_weight = 1 / (vae.scale.square() * vae.basis.shape[1])
         self.detail_weight = (model.latent_std / vae.scale).pow(-0.25)
         self.detail_weight = self.detail_weight / self.detail_weight.mean()
         self.detail_weight = torch.where(is_motion(vae), MOTION_WEIGHT, 1.0) * self.detail_weight
 
-    def predict(self, xt: Tensor, sigma: Tensor, prompts: PromptContext, ids: Tensor, mask: Tensor | None) -> Tensor:
+    def predict(
+        self, xt: Tensor, sigma: Tensor, prompts: PromptContext, ids: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """x0 prediction, float32."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
             velocity = self.model(xt, 1000 * sigma, prompts, mask=mask, frame_ids=ids)
         return xt - sigma[:, :, None, None, None] * velocity
 
-    def __call__(self, rows: dict[str, Tensor], generator: torch.Generator, self_input: bool) -> tuple[Tensor, float]:
-        """Loss and the PSNR (dB, pixels) of rows that start from the source."""
+    def __call__(
+        self, rows: dict[str, Tensor], generator: torch.Generator, self_input: bool
+    ) -> tuple[Tensor, float]:
+        """Loss, and the PSNR (dB, pixels) of rows that start from the source; NaN when no row does."""
         source, target = rows["source"], rows["target"]
         b, f, _, h, w = target.shape
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -179,7 +194,11 @@ class Objective:
 
 @torch.no_grad()
 def validate(
-    model: CausalWanTransformer, vae: TinyVAE, clips: LatentClips, encoder: TinyTextEncoder, noise_scale: float = 0.5
+    model: CausalWanTransformer,
+    vae: TinyVAE,
+    clips: LatentClips,
+    encoder: TinyTextEncoder,
+    noise_scale: float = 0.5,
 ) -> dict[str, float]:
     """PSNR (dB, latent error expressed in pixels) to every style on whole frames, one and two steps."""
     objective = Objective(model, vae)
@@ -191,8 +210,8 @@ def validate(
         prompts = model.encode_prompt(encoder.encode([DEFAULT_PROMPTS[style]]))
         z = latents[0][:, None]
         for name, sigma in (("psnr_1_step", noise_scale), ("psnr_2_steps", noise_scale / 2)):
-            level = torch.full(z.shape[:2], sigma)
-            z = objective.predict(torch.lerp(z, noise, sigma), level, prompts, torch.zeros_like(level).long(), None)
+            level, ids = torch.full(z.shape[:2], sigma), torch.zeros(z.shape[:2], dtype=torch.long)
+            z = objective.predict(torch.lerp(z, noise, sigma), level, prompts, ids, None)
             error = (z[:, 0] - latents[i]).square().mean((2, 3)) * objective.pixel_weight
             errors[name].append(-10 * math.log10(error.sum(-1).mean().item() / 4))
     result = {name: float(np.mean(values)) for name, values in errors.items()}
@@ -231,36 +250,34 @@ def train_dit(
     objective = Objective(model, vae)
     if compile_model:
         model.compile(dynamic=False)
-    smooth, last_log, last_save = 0.0, run.seconds, run.seconds
-    bar = tqdm(total=round(minutes * 60), initial=round(run.seconds), unit="s", desc="dit")
-    while run.seconds < 60 * minutes:
-        progress = run.seconds / (60 * minutes)
-        latest = max(p.begin for p in PHASES if p.begin <= progress)
-        turns = [p for p in PHASES if p.begin == latest]
-        phase = turns[run.step % len(turns)]
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
-        self_input = progress > SELF_INPUT_FROM and run.step % 8 < 2
-        for group in optimizer.param_groups:
-            group["lr"] = peak_lr * min(1, (run.step + 1) / 100) * (0.02 + 0.98 * math.cos(progress * math.pi / 2) ** 2)
-        loss, psnr = objective(batches.draw(run.step, phase), generator, self_input)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        average.update(model)
-        run.step += 1
-        smooth = psnr if smooth == 0 else 0.98 * smooth + 0.02 * psnr
-        if run.seconds - last_log > 120:
-            shadow = CausalWanTransformer(config)
-            shadow.load_state_dict(average.shadow)
-            scores = validate(shadow, vae, val, encoder)
-            run.log({"train_psnr": smooth, **scores})
-            clips.rescan()
-            last_log = run.seconds
-        if run.seconds - last_save > 180:
-            run.save()
-            last_save = run.seconds
-        bar.n = round(run.seconds)
-        bar.set_postfix(step=run.step, psnr=f"{smooth:.2f}", rows=phase.rows, cells=phase.cells, refresh=False)
-        bar.update(0)
-    run.save()
+    budget_s, last_log_s, smooth = 60 * minutes, run.seconds, math.nan
+    bar = tqdm(total=round(budget_s), initial=round(run.seconds), unit="s", desc="dit")
+    with run, bar:
+        while run.seconds < budget_s:
+            progress = run.seconds / budget_s
+            latest = max(p.begin for p in PHASES if p.begin <= progress)
+            turns = [p for p in PHASES if p.begin == latest]
+            phase = turns[run.step % len(turns)]
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
+            self_input = progress > SELF_INPUT_FROM and run.step % 8 < 2
+            set_learning_rate(optimizer, learning_rate(peak_lr, run.step, progress, 100))
+            loss, psnr = objective(batches.draw(run.step, phase), generator, self_input)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            average.update(model)
+            run.step += 1
+            if not math.isnan(psnr):
+                smooth = psnr if math.isnan(smooth) else 0.98 * smooth + 0.02 * psnr
+            if run.seconds - last_log_s > LOG_EVERY_S or run.seconds >= budget_s:
+                shadow = CausalWanTransformer(config)
+                shadow.load_state_dict(average.shadow)
+                run.log({"train_psnr": smooth, **validate(shadow, vae, val, encoder)})
+                run.save()
+                clips.rescan()
+                last_log_s = run.seconds
+            bar.set_postfix(
+                step=run.step, psnr=f"{smooth:.2f}", rows=phase.rows, cells=phase.cells, refresh=False
+            )
+            bar.update(round(run.seconds) - bar.n)

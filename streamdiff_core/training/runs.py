@@ -1,16 +1,18 @@
-"""What every training stage shares: resumable checkpoints, a metrics file and a loss-curve picture.
+"""What every training stage shares: resumable checkpoints, metrics with a picture.
 
-A run is a folder with ``last.pt`` (model, optimiser, step, seconds spent; written to a temporary name, then moved),
-``metrics.csv`` and ``curve.png``.
+A run is a folder with ``last.pt`` (model, optimiser, step, seconds spent; written to a temporary name, then
+moved), ``metrics.csv`` and ``curve.png``. As a context manager it also saves when Ctrl-C stops it.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -31,14 +33,25 @@ class Run:
         """Resume from ``last.pt`` when there is one. ``parts`` have ``state_dict`` / ``load_state_dict``."""
         self.folder, self.parts = folder, parts
         folder.mkdir(parents=True, exist_ok=True)
-        self.step, self._seconds_before = 0, 0.0
+        self.step, self._seconds_before, self._saved_step = 0, 0.0, -1
         last = folder / "last.pt"
         if last.exists():
             state = torch.load(last, weights_only=True)
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             self.step, self._seconds_before = state["step"], state["seconds"]
+            self._saved_step = self.step
         self._began = time.monotonic()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Save what is new at the end and on Ctrl-C; a step that failed leaves the last checkpoint alone."""
+        if (kind is None or issubclass(kind, KeyboardInterrupt)) and self.step != self._saved_step:
+            self.save()
 
     @property
     def seconds(self) -> float:
@@ -49,11 +62,13 @@ class Run:
         """Write ``last.pt``."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         atomic_save({**state, "step": self.step, "seconds": self.seconds}, self.folder / "last.pt")
+        self._saved_step = self.step
 
     def log(self, values: Mapping[str, float]) -> None:
         """Append one row to ``metrics.csv`` and redraw ``curve.png``."""
         path = self.folder / "metrics.csv"
-        row = {"step": self.step, "seconds": round(self.seconds, 1), **{k: round(v, 5) for k, v in values.items()}}
+        row = {"step": self.step, "seconds": round(self.seconds, 1)}
+        row |= {name: round(value, 5) for name, value in values.items()}
         is_new = not path.exists()
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, row)
@@ -79,6 +94,17 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         axis.set(title=column, xlabel="minutes")
         axis.grid(alpha=0.3)
     figure.savefig(picture, dpi=110)
+
+
+def learning_rate(peak: float, step: int, progress: float, warmup_steps: int) -> float:
+    """Linear warm-up over steps, then half a cosine over ``progress`` in [0, 1] down to 2 % of ``peak``."""
+    return peak * min(1, (step + 1) / warmup_steps) * (0.02 + 0.98 * math.cos(progress * math.pi / 2) ** 2)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """The same learning rate for every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
 
 
 class Average(nn.Module):

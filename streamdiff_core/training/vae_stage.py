@@ -1,13 +1,12 @@
 """Stage 3: the residual decoder of the tiny VAE, on top of the closed-form basis.
 
 The encoder stays the linear map, so the decoder can be trained while the transformer is. It learns to undo
-blocking and restore detail from exact latents and from latents with a little noise, which is what a denoiser hands
-over. Its residual starts at zero: training begins at the closed-form result and can only improve on it.
+blocking and restore detail from exact latents and from latents with a little noise, which is what a denoiser
+hands over. Its residual starts at zero: training begins at the closed-form result and can only improve on it.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from streamdiff_core.frames import frames_to_tensor, tensor_to_frames
 from streamdiff_core.metrics import psnr
-from streamdiff_core.training.data import STYLE_NAMES, augment, iter_clips, to_tensor
-from streamdiff_core.training.runs import Average, Run
+from streamdiff_core.training.data import STYLE_NAMES, augment, iter_clips, whole_latent_frames
+from streamdiff_core.training.runs import Average, Run, learning_rate, set_learning_rate
 from streamdiff_core.training.styles import apply_style
 from streamdiff_core.vae import TinyVAE
 
@@ -25,6 +25,7 @@ CROP_PX = 96
 NUM_FRAMES = 9
 CROPS_PER_CLIP = 4
 MAX_NOISE = 0.3
+LOG_EVERY_S = 180
 
 
 class PixelBatches:
@@ -44,7 +45,7 @@ class PixelBatches:
             if rng.random() < 0.5:
                 frames = _repeat_to(augment(frames, rng), NUM_FRAMES)
             style = "photo" if rng.random() < 0.2 else STYLE_NAMES[rng.integers(len(STYLE_NAMES))]
-            video = to_tensor(apply_style(style, frames))
+            video = frames_to_tensor(apply_style(style, frames))
             for _ in range(CROPS_PER_CLIP):
                 y, x = 8 * rng.integers(0, (np.array(video.shape[-2:]) - CROP_PX) // 8 + 1)
                 crops.append(video[..., y : y + CROP_PX, x : x + CROP_PX])
@@ -69,17 +70,23 @@ def reconstruction_psnr(vae: TinyVAE, clips: Path, styles: tuple[str, ...] = STY
     """PSNR (dB) of encode + decode per style, mean over the clips, on all their frames."""
     scores: dict[str, list[float]] = {style: [] for style in styles}
     for _, frames in iter_clips(clips):
-        frames = frames[: (len(frames) - 1) // 4 * 4 + 1]
+        frames = whole_latent_frames(frames)
         for style in styles:
             styled = apply_style(style, frames)
-            video = vae.decode(vae.encode(to_tensor(styled), vae.new_state()), vae.new_state())
-            back = ((video[0].permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-            scores[style].append(psnr(back, styled))
+            latents = vae.encode(frames_to_tensor(styled), vae.new_state())
+            scores[style].append(psnr(tensor_to_frames(vae.decode(latents, vae.new_state())), styled))
     return {style: float(np.mean(values)) for style, values in scores.items()}
 
 
 def train_decoder(
-    folder: Path, vae: TinyVAE, clips: Path, val_clips: Path, *, minutes: float, peak_lr: float = 1e-3, seed: int = 0
+    folder: Path,
+    vae: TinyVAE,
+    clips: Path,
+    val_clips: Path,
+    *,
+    minutes: float,
+    peak_lr: float = 1e-3,
+    seed: int = 0,
 ) -> None:
     """Train ``vae``'s residual decoder into ``folder`` for ``minutes`` in all; resumes."""
     from tqdm import tqdm
@@ -89,34 +96,31 @@ def train_decoder(
     average = Average(vae, decay=0.998)
     run = Run(folder, vae=vae, average=average, optimizer=optimizer)
     batches = PixelBatches(clips, seed)
-    last_log = run.seconds
-    bar = tqdm(total=round(60 * minutes), initial=round(run.seconds), unit="s", desc="decoder")
-    while run.seconds < 60 * minutes:
-        progress = run.seconds / (60 * minutes)
-        for group in optimizer.param_groups:
-            group["lr"] = peak_lr * min(1, (run.step + 1) / 50) * (0.02 + 0.98 * math.cos(progress * math.pi / 2) ** 2)
-        target = batches.draw(run.step)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
-        latents = vae.encode(target, vae.new_state())
-        amount = MAX_NOISE * torch.rand(len(latents), 1, 1, 1, 1, generator=generator).square()
-        latents = latents + amount * torch.randn(latents.shape, generator=generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            video = vae.reconstruct(latents, vae.new_state())
-        loss = detail_loss(video[:, vae.config.temporal_stride - 1 :].float(), target)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        average.update(vae)
-        run.step += 1
-        if run.seconds - last_log > 180:
-            shadow = TinyVAE(vae.config)
-            shadow.load_state_dict(average.shadow)
-            scores = reconstruction_psnr(shadow, val_clips, ("photo", "comic", "neon"))
-            run.log({"loss": loss.item(), **scores})
-            run.save()
-            last_log = run.seconds
-        bar.n = round(run.seconds)
-        bar.set_postfix(step=run.step, loss=f"{loss.item():.4f}", refresh=False)
-        bar.update(0)
-    run.save()
+    budget_s, last_log_s = 60 * minutes, run.seconds
+    bar = tqdm(total=round(budget_s), initial=round(run.seconds), unit="s", desc="decoder")
+    with run, bar:
+        while run.seconds < budget_s:
+            set_learning_rate(optimizer, learning_rate(peak_lr, run.step, run.seconds / budget_s, 50))
+            target = batches.draw(run.step)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
+            latents = vae.encode(target, vae.new_state())
+            amount = MAX_NOISE * torch.rand(len(latents), 1, 1, 1, 1, generator=generator).square()
+            latents = latents + amount * torch.randn(latents.shape, generator=generator)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                video = vae.reconstruct(latents, vae.new_state())
+            loss = detail_loss(video[:, vae.config.temporal_stride - 1 :].float(), target)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            average.update(vae)
+            run.step += 1
+            if run.seconds - last_log_s > LOG_EVERY_S or run.seconds >= budget_s:
+                shadow = TinyVAE(vae.config)
+                shadow.load_state_dict(average.shadow)
+                scores = reconstruction_psnr(shadow, val_clips, ("photo", "comic", "neon"))
+                run.log({"loss": loss.item(), **scores})
+                run.save()
+                last_log_s = run.seconds
+            bar.set_postfix(step=run.step, loss=f"{loss.item():.4f}", refresh=False)
+            bar.update(round(run.seconds) - bar.n)
