@@ -81,7 +81,7 @@ def pipe_of(make, log=None):
 
 STYLE_OF = {DEFAULT_PROMPTS[s]: s for s in DEFAULT_PROMPTS} | {
     p: s for s in HELD_OUT_PROMPTS for p in HELD_OUT_PROMPTS[s]
-}  # noqa: E501
+}
 
 
 def test_a_perfect_model_scores_full_marks_with_canonical_and_unseen_prompts(clips):
@@ -128,7 +128,7 @@ def test_noise_curve_asks_for_every_noise_scale(clips):
     )
 
 
-def test_drift_is_measured_against_the_input(clips):
+def test_drift_of_a_steady_and_of_a_fading_output(clips):
     seconds = 3.0
     steady = evaluate.drift_over_a_minute(pipe_of(lambda _, frames: frames), clips, seconds=seconds)
     assert steady == {

@@ -145,7 +145,7 @@ def drift_over_a_minute(
     total = round(seconds * fps)
     source = np.concatenate([loop] * (total // len(loop) + 1))[:total]
     output = restyle(pipe, source, DEFAULT_PROMPTS[style])
-    drift = colour_drift(output, fps, reference_seconds=len(loop) / fps, source=source)
+    drift = colour_drift(output, fps, len(loop) / fps)  # windows of one loop: the input has no drift
     return {
         "seconds": seconds,
         "max_delta_e": float(np.max(np.abs(drift.delta_e))),
