@@ -58,13 +58,8 @@ def soak(pipe: StreamPipeline, args: argparse.Namespace) -> dict:
                 session.set_prompt(f"{PROMPTS[num_switches % 4]}, take {num_switches}", on_switch)
                 next_switch_s += 6 * args.every_s
             # Right after a reset the cache refills; the session's size counts again when it is full.
-            if (
-                now_s >= next_sample_s
-                and len(session.stats.cache_slots) == session.options.cache.cache_frames
-            ):
-                samples.append(
-                    {"at_s": now_s, "rss_bytes": rss.memory_info().rss, "session_bytes": session.nbytes}
-                )
+            if now_s >= next_sample_s and len(session.stats.cache_slots) == session.options.cache.cache_frames:
+                samples.append({"at_s": now_s, "rss_bytes": rss.memory_info().rss, "session_bytes": session.nbytes})
                 next_sample_s = now_s + args.every_s
                 mib = {name: samples[-1][f"{name}_bytes"] / MIB for name in ("rss", "session")}
                 show(
@@ -122,15 +117,11 @@ def main() -> int:
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the preset's)")
     parser.add_argument("--every-s", type=float, default=5.0, help="seconds between samples (default 5)")
-    parser.add_argument(
-        "--max-growth-mb", type=float, default=16.0, help="bound for the process (default 16 MB)"
-    )
+    parser.add_argument("--max-growth-mb", type=float, default=16.0, help="bound for the process (default 16 MB)")
     parser.add_argument("--json", help="write figures and samples to this file, - for stdout")
     args = parser.parse_args()
     try:
-        pipe = StreamPipeline.from_preset(
-            args.preset, device=args.device, dtype=args.dtype, weights=args.weights
-        )
+        pipe = StreamPipeline.from_preset(args.preset, device=args.device, dtype=args.dtype, weights=args.weights)
     except (ValueError, CheckpointError) as error:
         parser.exit(1, f"soak: {error}\n")
     result = soak(pipe, args)

@@ -1,8 +1,8 @@
 """StreamDiffusionV2, readable: live, prompt-driven video-to-video with a causal Wan-style diffusion transformer.
 
-    from streamdiff_core import StreamPipeline
-    session = StreamPipeline.from_preset("tiny").start("oil painting")
-    restyled = session.push(frames)  # uint8 [T, H, W, 3] in, whatever became ready out
+from streamdiff_core import StreamPipeline
+session = StreamPipeline.from_preset("tiny").start("oil painting")
+restyled = session.push(frames)  # uint8 [T, H, W, 3] in, whatever became ready out
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from streamdiff_core.types import CheckpointError, StreamClosedError, VideoReadE
 
 if TYPE_CHECKING:
     from streamdiff_core.pipeline import StreamPipeline
-    from streamdiff_core.session import StreamOptions, StreamSession, StreamStats
+    from streamdiff_core.session import StreamSession
+    from streamdiff_core.stream_options import StreamOptions, StreamStats
     from streamdiff_core.weights import load_checkpoint
 
 __version__ = "0.1.0"
@@ -23,8 +24,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "StreamPipeline": "pipeline",
     "StreamSession": "session",
-    "StreamOptions": "session",
-    "StreamStats": "session",
+    "StreamOptions": "stream_options",
+    "StreamStats": "stream_options",
     "load_checkpoint": "weights",
 }
 

@@ -119,9 +119,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         if self.sink_frames < 0 or self.window_frames < 1:
-            raise ValueError(
-                f"sink_frames {self.sink_frames} must be >= 0 and window_frames {self.window_frames} >= 1"
-            )
+            raise ValueError(f"sink_frames {self.sink_frames} must be >= 0 and window_frames {self.window_frames} >= 1")
         if self.positions == "wrap" and self.refresh_at <= self.cache_frames - 1:
             raise ValueError(f"refresh_at {self.refresh_at} must exceed cache_frames - 1 = {self.cache_frames - 1}")
 

@@ -178,9 +178,7 @@ class CausalWanTransformer(nn.Module):
         b, f, c, h, w = x.shape
         _, ph, pw = self.config.patch_size
         x = x.reshape(b, f, c, h // ph, ph, w // pw, pw).permute(0, 1, 3, 5, 2, 4, 6)  # [B, F, y, x, C, ph, pw]
-        return F.linear(
-            x.flatten(4).flatten(2, 3), self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
-        )
+        return F.linear(x.flatten(4).flatten(2, 3), self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def _scale_input(self, xt: Tensor, sigma: Tensor) -> Tensor:
         """Unit variance per channel at every noise level (x0 models only; as in EDM's c_in)."""

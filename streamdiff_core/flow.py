@@ -98,9 +98,7 @@ def select_steps(step_list: Sequence[float], num_steps: int, keep_zero: bool = F
     """
     nonzero = [step for step in step_list if step != 0]
     if not 1 <= num_steps <= len(nonzero):
-        raise ValueError(
-            f"num_steps={num_steps} must be 1 to {len(nonzero)} for the step list {list(step_list)}"
-        )
+        raise ValueError(f"num_steps={num_steps} must be 1 to {len(nonzero)} for the step list {list(step_list)}")
     return nonzero[:num_steps] + ([0] if keep_zero else [])
 
 
@@ -142,7 +140,5 @@ def _expand(sigma: float | Tensor, x: Tensor, dtype: torch.dtype) -> float | Ten
     if not isinstance(sigma, Tensor):
         return float(sigma)
     if sigma.ndim > x.ndim or any(s not in (1, n) for s, n in zip(sigma.shape, x.shape, strict=False)):
-        raise ValueError(
-            f"sigma of shape {tuple(sigma.shape)} is no prefix of the latents' shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"sigma of shape {tuple(sigma.shape)} is no prefix of the latents' shape {tuple(x.shape)}")
     return sigma.to(x.device, dtype).reshape(*sigma.shape, *[1] * (x.ndim - sigma.ndim))

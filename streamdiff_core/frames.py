@@ -26,13 +26,9 @@ def check_frames(frames: np.ndarray) -> None:
     """
     if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
         kind = getattr(frames, "dtype", type(frames).__name__)
-        raise ValueError(
-            f"frames must be a numpy array of uint8, got {kind}; scale to 0…255 and use .astype('uint8')"
-        )
+        raise ValueError(f"frames must be a numpy array of uint8, got {kind}; scale to 0…255 and use .astype('uint8')")
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:]:
-        raise ValueError(
-            f"frames must have shape [T, H, W, 3], got {list(frames.shape)}; one frame is frames[None]"
-        )
+        raise ValueError(f"frames must have shape [T, H, W, 3], got {list(frames.shape)}; one frame is frames[None]")
 
 
 def resize_and_crop(frames: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -102,9 +98,7 @@ def fit_size(width: int, height: int, area_px: int, multiple: int = 16) -> tuple
         ValueError: An argument below 1.
     """
     if min(width, height, area_px, multiple) < 1:
-        raise ValueError(
-            f"sizes must be at least 1, got {width}×{height}, area {area_px}, multiple {multiple}"
-        )
+        raise ValueError(f"sizes must be at least 1, got {width}×{height}, area {area_px}, multiple {multiple}")
     scale = math.sqrt(area_px / (width * height))
     shortest = math.ceil(MIN_SIDE_PX / multiple)
     fitted = [max(shortest, round(side * scale / multiple)) * multiple for side in (width, height)]

@@ -97,9 +97,7 @@ def warp_error(frames: np.ndarray, source: np.ndarray, flow: Sequence[FlowPair] 
     return float(np.mean(errors)) if errors else float("nan")
 
 
-def legacy_warp_error(
-    frames: np.ndarray, source: np.ndarray, flow: Sequence[FlowPair] | None = None
-) -> float:
+def legacy_warp_error(frames: np.ndarray, source: np.ndarray, flow: Sequence[FlowPair] | None = None) -> float:
     """The figure of the upstream evaluation, [0, 255]: only for comparison with its tables.
 
     Three defects are kept on purpose: differences of uint8 wrap around modulo 256 before the absolute value
@@ -210,9 +208,7 @@ def colour_drift(
     """
     window = max(round(fps * reference_seconds), 1)
     if len(frames) < window:
-        raise ValueError(
-            f"{len(frames)} frames are less than the reference of {reference_seconds} s = {window} frames"
-        )
+        raise ValueError(f"{len(frames)} frames are less than the reference of {reference_seconds} s = {window} frames")
     lab, contrast, sharp = _drift(frames, window)
     if source is not None:
         _check_videos(frames, source)
@@ -247,9 +243,7 @@ def _lab(levels: np.ndarray) -> np.ndarray:
 
 def _laplacian_variance(luma: np.ndarray) -> float:
     c = luma[1:-1, 1:-1]
-    return float(
-        (luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * c).var(dtype=np.float64)
-    )
+    return float((luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * c).var(dtype=np.float64))
 
 
 def _thumbnails(frames: np.ndarray, grid: int) -> np.ndarray:

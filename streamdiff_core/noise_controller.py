@@ -82,12 +82,8 @@ def decide(
         top = initial_noise_scale if config.max_noise_scale is None else config.max_noise_scale
         noise_scale = config.smoothing * (top - config.noise_range * motion)
         noise_scale = min(max(noise_scale + (1 - config.smoothing) * previous_noise_scale, 0.0), 1.0)
-    timestep = first_timestep(
-        noise_scale, timestep_offset=config.timestep_offset, next_timestep=next_timestep
-    )
-    return NoiseDecision(
-        motion=motion, noise_scale=noise_scale, first_timestep=timestep, recent_distances=recent
-    )
+    timestep = first_timestep(noise_scale, timestep_offset=config.timestep_offset, next_timestep=next_timestep)
+    return NoiseDecision(motion=motion, noise_scale=noise_scale, first_timestep=timestep, recent_distances=recent)
 
 
 def frame_distances(frames: Tensor, previous: Tensor | None) -> Tensor:
@@ -134,9 +130,7 @@ def latent_motion(
     return min(max(distances, default=0.0) / motion_scale, 1.0), distances
 
 
-def first_timestep(
-    noise_scale: float, *, timestep_offset: int = 100, next_timestep: float | None = None
-) -> int:
+def first_timestep(noise_scale: float, *, timestep_offset: int = 100, next_timestep: float | None = None) -> int:
     """First timestep of a chunk: ``int(1000 * noise_scale) - timestep_offset``, kept usable.
 
     Upstream has no guard: noise_scale 0.5 starts at 400, below the second step 500, and noise_scale < 0.1
@@ -147,7 +141,5 @@ def first_timestep(
     """
     lowest = 1 if next_timestep is None else max(int(next_timestep) + 1, 1)
     if lowest > MAX_TIMESTEP:
-        raise ValueError(
-            f"next_timestep={next_timestep} leaves no room for a first timestep <= {MAX_TIMESTEP}"
-        )
+        raise ValueError(f"next_timestep={next_timestep} leaves no room for a first timestep <= {MAX_TIMESTEP}")
     return min(max(int(1000 * noise_scale) - timestep_offset, lowest), MAX_TIMESTEP)

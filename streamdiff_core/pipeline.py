@@ -18,9 +18,8 @@ from streamdiff_core.attention import PromptContext
 from streamdiff_core.config import CacheConfig, Preset, get_preset
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.engine import Engine
-from streamdiff_core.kv_policies import POLICIES
-from streamdiff_core.schedules import SCHEDULES
-from streamdiff_core.session import Prompt, StreamOptions, StreamSession
+from streamdiff_core.session import StreamSession
+from streamdiff_core.stream_options import Prompt, StreamOptions, check_options
 from streamdiff_core.text import TinyTextEncoder
 from streamdiff_core.types import CheckpointError, StreamingVAE, TextEncoder
 from streamdiff_core.vae import TinyVAE
@@ -155,34 +154,6 @@ class StreamPipeline:
     def with_cache(self, **changes: object) -> CacheConfig:
         """The preset's cache configuration with some fields changed."""
         return replace(self.preset.cache, **changes)
-
-
-def check_options(options: StreamOptions, preset: Preset) -> None:
-    """Refuse options that cannot work, in one sentence each."""
-    o, multiple = options, preset.vae.spatial_stride * preset.model.patch_size[1]
-    most = len(preset.schedule.timesteps) or 4
-    if not 1 <= o.steps <= most:
-        raise ValueError(f"steps must be between 1 and {most}, got {o.steps}")
-    if not 0 < o.noise_scale <= 1:
-        raise ValueError(f"noise_scale must lie in (0, 1], got {o.noise_scale}; 0.5 is a good start")
-    if o.width % multiple or o.height % multiple or min(o.width, o.height) < 64:
-        raise ValueError(f"width and height must be multiples of {multiple} from 64 on, got {o.width}x{o.height}")
-    for what, value, known in (("schedule", o.schedule, SCHEDULES), ("policy", o.policy, POLICIES)):
-        if value not in known:
-            raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
-    if o.mode not in ("v2v", "t2v"):
-        raise ValueError(f"mode must be 'v2v' or 't2v', got {o.mode!r}")
-    if o.mode == "t2v" and not preset.text_to_video:
-        raise ValueError(f"preset {preset.name!r} is not trained for text-to-video; push frames with mode='v2v'")
-    most = min(o.cache.window_frames, o.cache.cache_frames - 1)
-    if not 1 <= o.latent_frames_per_chunk <= most:
-        raise ValueError(
-            f"latent_frames_per_chunk must be between 1 and {most}, got {o.latent_frames_per_chunk}: a chunk must fit "
-            f"the window of {o.cache.window_frames} latent frames, and the first one, which has one more, the cache "
-            f"of {o.cache.cache_frames}; raise window_frames"
-        )
-    if o.clean_pass and o.schedule != "sequential":
-        raise ValueError("clean_pass needs schedule='sequential'")
 
 
 def pick_device(device: str) -> torch.device:

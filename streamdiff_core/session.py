@@ -11,110 +11,32 @@ its last frame and the padding is cut from the output; upstream drops it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from streamdiff_core.config import CacheConfig
-from streamdiff_core.flow import nearest_table_sigma, select_steps, sigma_from_timestep, sigma_table, spaced_steps
+from streamdiff_core.denoiser import Denoiser
+from streamdiff_core.flow import select_steps, spaced_steps
 from streamdiff_core.frames import check_frames, frames_to_tensor, resize_and_crop, tensor_to_frames
 from streamdiff_core.kv_cache import KVCache
-from streamdiff_core.kv_policies import POLICIES
+from streamdiff_core.kv_policies.sink import describe_content
 from streamdiff_core.noise_controller import decide
-from streamdiff_core.schedules import SCHEDULES
-from streamdiff_core.schedules.steps import NoiseSource, Stepper
+from streamdiff_core.stream_options import SWITCHES, Prompt, StreamOptions, StreamStats
 from streamdiff_core.timing import LatencyTracker, StageTimer
 from streamdiff_core.types import (
     Chunk,
     DecodedChunk,
     DenoisedChunk,
     DenoiseSchedule,
-    Emit,
     EncodedChunk,
-    Fork,
-    ForwardOp,
-    RowOp,
     StreamClosedError,
 )
 
 if TYPE_CHECKING:
-    from streamdiff_core.attention import PromptContext
     from streamdiff_core.pipeline import StreamPipeline
-
-Prompt = str | Mapping[str, float]
-SWITCHES = ("keep", "recache", "flush", "reset")
-KEPT_ON_FLUSH = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StreamOptions:
-    """Everything a caller may choose for one stream."""
-
-    seed: int = 0
-    """Seed of all noise."""
-    steps: int = 2
-    """Denoising steps per chunk."""
-    noise_scale: float = 0.5
-    """Amount of noise put on the input, [0, 1]."""
-    motion_adaptive: bool = True
-    """Whether motion lowers the noise scale."""
-    schedule: str = "stream_batch"
-    """Name of the denoise schedule."""
-    clean_pass: bool = False
-    """Sequential only: rewrite the cache with clean latents after each chunk."""
-    policy: str = "sink"
-    """Name of the KV policy."""
-    cache: CacheConfig = CacheConfig()
-    """Sinks, window, positions."""
-    width: int = 256
-    """Output width, px."""
-    height: int = 256
-    """Output height, px."""
-    latent_frames_per_chunk: int = 1
-    """Latent frames denoised together after the first chunk's extra one."""
-    mode: str = "v2v"
-    """``v2v`` or ``t2v``."""
-    deadline_ms: float | None = None
-    """Latency above which a frame counts as a deadline miss."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StreamStats:
-    """Snapshot of a stream's figures; NaN where nothing was measured yet."""
-
-    ttff_ms: float
-    """First frame in to first frame out."""
-    fps: float
-    """Pixel frames per second after warm-up."""
-    latency_p50_ms: float
-    """Median time from a frame's push to its output."""
-    latency_p95_ms: float
-    """95th percentile."""
-    latency_p99_ms: float
-    """99th percentile."""
-    jitter_ms: float
-    """RMS deviation of output intervals from even pacing."""
-    deadline_miss_rate: float
-    """Share of frames later than the deadline."""
-    stage_ms: dict[str, float]
-    """Mean milliseconds per call of each stage."""
-    num_frames_in: int
-    """Frames pushed."""
-    num_frames_out: int
-    """Frames returned."""
-    cache_slots: list[dict[str, Any]]
-    """Filled slots of the last cache row: slot, role, frame, position."""
-    nbytes: int
-    """Bytes of stream state."""
-    noise_scale: float
-    """Noise scale of the latest chunk."""
-    motion: float
-    """Motion score of the latest chunk."""
 
 
 class StreamSession:
@@ -128,39 +50,22 @@ class StreamSession:
         self._closed = False
         self._prompt = pipe.encode_prompt(prompt)
         self._switch: str | None = None
-        self._table = sigma_table(pipe.preset.schedule.shift) if pipe.preset.schedule.use_sigma_table else None
         self._begin_stream()
 
     def _begin_stream(self) -> None:
         """All state of the stream, fresh."""
         o, pipe = self.options, self.pipe
-        self.schedule = self._new_schedule()
         stride = pipe.preset.vae.spatial_stride
         self._latent_size = (o.height // stride, o.width // stride)
-        self.cache = KVCache(
-            pipe.transformer.config,
-            POLICIES[o.policy](o.cache),
-            num_rows=self.schedule.num_cache_rows,
-            tokens_per_frame=pipe.transformer.config.tokens_per_frame(*self._latent_size),
-            dtype=pipe.transformer.dtype,
-            device=pipe.device,
-        )
+        tokens = pipe.transformer.config.tokens_per_frame(*self._latent_size)
+        self._denoiser = Denoiser(pipe.engine, pipe.preset, o, tokens)
         self._encoder_state, self._decoder_state = pipe.vae.new_state(), pipe.vae.new_state()
         self._pending: list[np.ndarray] = []
         self._chunk_idx = self._next_frame = 0
         self._previous: Tensor | None = None
         self._noise_scale, self._motion = o.noise_scale, 0.0
         self._recent: tuple[float, ...] = ()
-        self._num_real: dict[int, int] = {}
-        self._inputs: list[dict[int, tuple[Tensor, float]]] = [{} for _ in range(self.schedule.num_cache_rows)]
-        self._switch_at: dict[int, str] = {}
         self._spare = np.empty((0, o.height, o.width, 3), np.uint8)
-
-    def _new_schedule(self) -> DenoiseSchedule:
-        o = self.options
-        stepper = Stepper(NoiseSource(o.seed, self.pipe.preset.schedule.noise), self.sigma_of)
-        kwargs = {"clean_pass": o.clean_pass} if o.schedule == "sequential" else {}
-        return SCHEDULES[o.schedule](stepper, o.steps, **kwargs)
 
     # --- frames in, frames out ------------------------------------------------------------------------------
 
@@ -241,7 +146,7 @@ class StreamSession:
         Args:
             prompt: text, or {text: weight} to mix.
             on_switch: ``keep`` the cache; ``recache`` it (one joint forward per cache row over what it holds,
-                new prompt, SEEDS §3.3); ``flush`` all but the sinks and the last two frames (SEEDS §3.5);
+                new prompt, SEEDS §3.3); ``flush`` all but the sinks and the last two frames, one if the window is 3 or shorter (SEEDS §3.5);
                 ``reset``: finish what is in flight, then go on with an empty cache.
 
         Raises:
@@ -256,8 +161,8 @@ class StreamSession:
     def close(self) -> None:
         """Free the stream's state; later calls raise ``StreamClosedError``."""
         self._closed = True
-        self.cache = self.schedule = self._encoder_state = self._decoder_state = None
-        self._pending, self._inputs, self._previous = [], [], None
+        self._denoiser = self._encoder_state = self._decoder_state = self._previous = None
+        self._pending = []
 
     def __enter__(self) -> StreamSession:
         return self
@@ -266,11 +171,22 @@ class StreamSession:
         self.close()
 
     @property
+    def schedule(self) -> DenoiseSchedule:
+        """The stream's denoise schedule."""
+        self._check_open()
+        return self._denoiser.schedule
+
+    @property
+    def cache(self) -> KVCache:
+        """The stream's KV cache."""
+        self._check_open()
+        return self._denoiser.cache
+
+    @property
     def nbytes(self) -> int:
         """Bytes of stream state: KV cache, VAE memory, inputs kept for re-caching."""
         self._check_open()
-        kept = sum(x.numel() * x.element_size() for row in self._inputs for x, _ in row.values())
-        return self.cache.nbytes + self._decoder_state.nbytes + self._encoder_state.nbytes + kept
+        return self._denoiser.nbytes + self._decoder_state.nbytes + self._encoder_state.nbytes
 
     @property
     def stats(self) -> StreamStats:
@@ -315,13 +231,11 @@ class StreamSession:
     @torch.inference_mode()
     def denoise_chunk(self, encoded: EncodedChunk | None) -> list[DenoisedChunk]:
         """Run the schedule for one chunk (None: flush one tick); returns the chunks that became ready."""
-        chunk, done = None if encoded is None else encoded.chunk, []
+        chunk, switch = None if encoded is None else encoded.chunk, None
         if chunk is not None:
-            done = self._begin_switch(chunk)
-            chunk.prompt = self._prompt
-            self._num_real[chunk.chunk_idx] = chunk.num_frames
+            chunk.prompt, switch, self._switch = self._prompt, self._switch, None
         with self.timer.stage("denoise", None if chunk is None else chunk.chunk_idx):
-            return done + self._tick(chunk)
+            return self._denoiser.advance(chunk, switch)
 
     @torch.inference_mode()
     def decode_chunk(self, denoised: DenoisedChunk) -> DecodedChunk:
@@ -331,12 +245,6 @@ class StreamSession:
         with self.timer.stage("border", denoised.chunk_idx):
             frames = tensor_to_frames(pixels)[: denoised.num_frames]
         return DecodedChunk(denoised.chunk_idx, frames)
-
-    def sigma_of(self, timestep: float) -> float:
-        """Noise level the model works with at a timestep (the reference looks it up in a table, SPEC §4)."""
-        if self._table is None:
-            return sigma_from_timestep(timestep)
-        return nearest_table_sigma(timestep, self._table)
 
     # --- inside ---------------------------------------------------------------------------------------------
 
@@ -404,77 +312,6 @@ class StreamSession:
         nothing = torch.zeros(shape, device=self.pipe.device, dtype=dtype)
         return self._new_chunk(nothing, 1.0, tuple(spaced_steps(1000.0, self.options.steps)), count)
 
-    def _tick(self, chunk: Chunk | None) -> list[DenoisedChunk]:
-        """Carry out what the schedule asks for, once per chunk."""
-        events, reply, done = self.schedule.push(chunk), None, []
-        while True:
-            try:
-                event = events.send(reply)
-            except StopIteration:
-                return done
-            reply = None
-            if isinstance(event, ForwardOp):
-                reply = self._forward(event.rows)
-            elif isinstance(event, Fork):
-                self._fork(event)
-            elif isinstance(event, Emit):
-                num_frames = self._num_real.pop(event.chunk_idx)
-                self._switch_at.pop(event.chunk_idx, None)
-                done.append(DenoisedChunk(event.chunk_idx, event.latents, num_frames))
-
-    def _forward(self, rows: list[RowOp]) -> list[Tensor]:
-        for row in rows:
-            self._switch_row(row)
-        x0s = self.pipe.engine.forward([(self.cache, row) for row in rows])
-        for row in rows:
-            self._keep_inputs(row)
-        return x0s
-
-    def _keep_inputs(self, row: RowOp) -> None:
-        """Remember what was fed for every frame the cache row holds, for ``recache``."""
-        kept = self._inputs[row.cache_row]
-        times = row.timestep if isinstance(row.timestep, tuple) else (row.timestep,) * len(row.frame_ids)
-        kept.update({f: (row.xt[j], times[j]) for j, f in enumerate(row.frame_ids)})
-        held = set(self.cache.tables[row.cache_row].frames)
-        for frame in [f for f in kept if f not in held]:
-            del kept[frame]
-
-    def _fork(self, fork: Fork) -> None:
-        self.cache.fork(fork.src, fork.dst)
-        for row in fork.dst:
-            self._inputs[row] = dict(self._inputs[fork.src])
-
-    def _begin_switch(self, chunk: Chunk) -> list[DenoisedChunk]:
-        """A prompt switch starts with this chunk; a reset first finishes what is in flight."""
-        switch, self._switch, done = self._switch, None, []
-        if switch == "reset":
-            while self.schedule.num_in_flight:
-                done += self._tick(None)
-            self.schedule = self._new_schedule()
-            self.cache.clear()
-            self._inputs = [{} for _ in self._inputs]
-        elif switch in ("flush", "recache"):
-            self._switch_at[chunk.chunk_idx] = switch
-        return done
-
-    def _switch_row(self, row: RowOp) -> None:
-        """Switch a cache row when the first chunk of the new prompt reaches it, and only then."""
-        switch = self._switch_at.get(row.chunk_idx)
-        if switch is None or self.cache.tables[row.cache_row].slots_of(row.frame_ids[0]):
-            return
-        if switch == "flush":
-            self.cache.keep_recent(KEPT_ON_FLUSH, rows=(row.cache_row,))
-        elif self._inputs[row.cache_row]:
-            self.pipe.engine.forward([(self.cache, self._recache_row(row.cache_row, row.prompt))])
-
-    def _recache_row(self, cache_row: int, prompt: PromptContext) -> RowOp:
-        frames = sorted(self._inputs[cache_row])
-        inputs = [self._inputs[cache_row][f] for f in frames]
-        return RowOp(
-            xt=torch.stack([x for x, _ in inputs]), sigma=0.0, timestep=tuple(t for _, t in inputs),
-            frame_ids=tuple(frames), cache_row=cache_row, chunk_idx=-1, step=0, prompt=prompt, kind="recache",
-        )  # fmt: skip
-
     def _check_open(self) -> None:
         if self._closed:
             raise StreamClosedError("this stream is closed; start a new one with pipe.start(prompt)")
@@ -482,12 +319,3 @@ class StreamSession:
     def recipe(self) -> dict[str, Any]:
         """The options as plain values, for logs and recipes."""
         return asdict(self.options)
-
-
-def describe_content(latents: Tensor, grid: int = 4) -> np.ndarray:
-    """Unit vector of what a chunk shows: its clean latents [F, C, h, w], averaged over frames on a 4 x 4 grid.
-
-    Source: the chunk embedding h_t of paper §3.2; upstream compares rotated keys per layer (SPEC §2.6).
-    """
-    pooled = F.adaptive_avg_pool2d(latents.float().mean(0), grid).flatten()
-    return (pooled / pooled.norm().clamp_min(1e-6)).cpu().numpy()

@@ -76,9 +76,7 @@ class StageTimer:
         if self._origin is None:
             start_s = self._clock()
             yield
-            self._add(
-                name, 1e3 * (start_s - self._origin_s), 1e3 * (self._clock() - self._origin_s), chunk_idx
-            )
+            self._add(name, 1e3 * (start_s - self._origin_s), 1e3 * (self._clock() - self._origin_s), chunk_idx)
         else:
             start = self._record_event()
             yield
@@ -169,9 +167,7 @@ class LatencyTracker:
         self._clock, self._deadline_ms, self._warmup_outputs = clock, deadline_ms, warmup_outputs
         self._waiting: deque[float] = deque()
         self._latencies_ms: deque[float] = deque(maxlen=history)
-        self._outputs: deque[tuple[float, int, float]] = deque(
-            maxlen=history
-        )  # (ready s, frames, mean latency ms)
+        self._outputs: deque[tuple[float, int, float]] = deque(maxlen=history)  # (ready s, frames, mean latency ms)
         self._first_arrival_s = self._first_ready_s = self._warm_s = None
         self._num_outputs = self._num_frames = self._num_warmup_frames = self._num_misses = 0
 
@@ -227,9 +223,7 @@ class LatencyTracker:
 
     def _take(self, num_frames: int) -> list[float]:
         if num_frames > len(self._waiting):
-            raise ValueError(
-                f"{num_frames} frames cannot leave, only {len(self._waiting)} arrived and are waiting"
-            )
+            raise ValueError(f"{num_frames} frames cannot leave, only {len(self._waiting)} arrived and are waiting")
         return [self._waiting.popleft() for _ in range(num_frames)]
 
     def _interval_jitter_ms(self) -> float:

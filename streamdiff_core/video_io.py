@@ -42,9 +42,7 @@ def probe(path: str | Path) -> VideoInfo:
     return _probe_images(images) if images else probe_file(source)
 
 
-def read_video(
-    path: str | Path, *, fps: float | None = None, max_seconds: float | None = None
-) -> Iterator[np.ndarray]:
+def read_video(path: str | Path, *, fps: float | None = None, max_seconds: float | None = None) -> Iterator[np.ndarray]:
     """Yield the frames of a video one by one, uint8 ``[H, W, 3]`` RGB, all of one size.
 
     Args:
@@ -103,13 +101,9 @@ def _image_files(source: Path) -> list[Path]:
     """The images behind a folder or an image file, in natural order; none for a video file."""
     if not source.is_dir():
         return [source] if source.suffix.lower() in IMAGE_SUFFIXES else []
-    images = [
-        p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-    ]
+    images = [p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
     if not images:
-        raise VideoReadError(
-            f"The folder {source} holds no {' '.join(IMAGE_SUFFIXES)}. Name a video file instead."
-        )
+        raise VideoReadError(f"The folder {source} holds no {' '.join(IMAGE_SUFFIXES)}. Name a video file instead.")
     return sorted(images, key=_natural_order)
 
 
@@ -123,9 +117,7 @@ def _probe_images(images: list[Path]) -> VideoInfo:
     for image in images[1:]:
         if _image_size(image) != (width, height):
             other_width, other_height = _image_size(image)
-            sizes = (
-                f"{image} is {other_width}×{other_height} pixels but {images[0].name} is {width}×{height}."
-            )
+            sizes = f"{image} is {other_width}×{other_height} pixels but {images[0].name} is {width}×{height}."
             raise VideoReadError(f"{sizes} Resize the images to one size.")
     return VideoInfo(
         width=width,

@@ -65,9 +65,7 @@ def probe_file(path: Path) -> VideoInfo:
         width, height = height, width
     fps, is_variable = frame_rate(scan.times_s, scan.declared_fps)
     if scan.is_whole:
-        duration_s = (
-            scan.times_s[-1] - scan.times_s[0] + (scan.last_frame_s or 1 / fps) if scan.times_s else 0.0
-        )
+        duration_s = scan.times_s[-1] - scan.times_s[0] + (scan.last_frame_s or 1 / fps) if scan.times_s else 0.0
         duration_s = duration_s or scan.num_packets / fps
         num_frames = math.ceil(duration_s * fps - _TOLERANCE) if is_variable else scan.num_packets
     else:
@@ -96,9 +94,7 @@ def read_file(path: Path, info: VideoInfo, fps: float | None) -> Iterator[np.nda
         yield image
 
 
-def at_constant_rate(
-    frames: Iterator[av.VideoFrame], source_fps: float, fps: float
-) -> Iterator[av.VideoFrame]:
+def at_constant_rate(frames: Iterator[av.VideoFrame], source_fps: float, fps: float) -> Iterator[av.VideoFrame]:
     """At each sample time k / fps the newest frame not later; the last one stays for its own duration."""
     start_s, current, time_s, k = None, None, 0.0, 0
     for index, frame in enumerate(frames):

@@ -69,9 +69,7 @@ class VideoWriter:
             raise ValueError(f"{self.path} is already finished; open another VideoWriter")
         shape = frames.shape[1:]
         if self._frame_shape not in (None, shape):
-            raise ValueError(
-                f"{self.path} has frames of {self._frame_shape[:2]} (H, W), got {shape[:2]}; resize first"
-            )
+            raise ValueError(f"{self.path} has frames of {self._frame_shape[:2]} (H, W), got {shape[:2]}; resize first")
         self._frame_shape = shape
         for frame in frames:
             self._output.add(frame)
@@ -116,9 +114,7 @@ def _check_target(path: Path, fps: float, wants_folder: bool) -> None:
             raise ValueError(f"{path} exists and is not an empty folder; name a new one")
     elif path.suffix.lower() not in (*_CODECS, ".gif"):
         known = " ".join((*_CODECS, ".gif"))
-        raise ValueError(
-            f"cannot write '{path.name}': use one of {known}, or a name that ends in / for PNG images"
-        )
+        raise ValueError(f"cannot write '{path.name}': use one of {known}, or a name that ends in / for PNG images")
 
 
 def _remove(path: Path) -> None:
@@ -162,9 +158,7 @@ class _EncodedFile:
         options = {"crf": str(self._crf), "preset": "veryfast"}
         if self._codec == "libvpx-vp9":
             options = {"crf": str(min(63, self._crf + 12)), "b": "0", "deadline": "realtime", "cpu-used": "6"}
-        fast_start = (
-            {"movflags": "+faststart"} if self._path.suffix.lower() in (".mp4", ".m4v", ".mov") else {}
-        )
+        fast_start = {"movflags": "+faststart"} if self._path.suffix.lower() in (".mp4", ".m4v", ".mov") else {}
         self._container = av.open(f"file:{self._path}", "w", options=fast_start)
         self._stream = self._container.add_stream(self._codec, rate=self._rate, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"

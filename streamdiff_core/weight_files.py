@@ -107,9 +107,7 @@ def _unwrap(loaded: object, wrapper: str | None) -> tuple[dict[str, Tensor], str
     if wrapper and not isinstance(loaded.get(wrapper), Mapping):
         raise CheckpointError(f"no state dict under {wrapper!r}; entries: {listed([str(k) for k in loaded])}")
     state = dict(loaded[wrapper] if wrapper else loaded)
-    strange = [
-        str(name) for name, value in state.items() if not isinstance(value, Tensor) or type(name) is not str
-    ]
+    strange = [str(name) for name, value in state.items() if not isinstance(value, Tensor) or type(name) is not str]
     if strange:
         raise CheckpointError(f"{len(strange)} entries that are no named tensors ({listed(strange)})")
     return state, wrapper

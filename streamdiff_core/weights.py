@@ -120,9 +120,7 @@ def load_checkpoint(
             raise CheckpointError(f"{path}: {error}") from None
     problems = _misfits(own, state)
     if problems:
-        raise CheckpointError(
-            f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}. Nothing was loaded."
-        )
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}. Nothing was loaded.")
     with torch.no_grad():
         for name, target in own.items():
             if not target.is_meta:

@@ -14,9 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--torch-threads", type=int, default=1, help="CPU threads for torch (default 1: repeatable sums)"
-    )
+    parser.addoption("--torch-threads", type=int, default=1, help="CPU threads for torch (default 1: repeatable sums)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

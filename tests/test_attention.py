@@ -92,9 +92,7 @@ def naive_self_attention(module, x, frames, num_query):
     q, k = (norm(linear(x)).unflatten(-1, (2, -1)) for norm, linear in
             ((module.norm_q, module.q), (module.norm_k, module.k)))  # fmt: skip
     turn = full_rotation(frames)[:, None]
-    q, k = (
-        torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * turn).flatten(-2) for t in (q, k)
-    )
+    q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * turn).flatten(-2) for t in (q, k))
     v = module.v(x).unflatten(-1, (2, -1))
     return module.o(naive_attention(q[None, -num_query:], k[None], v[None]))
 
@@ -111,9 +109,7 @@ def test_self_attention_over_a_wrapped_ring(fused):
     wanted = naive_self_attention(module, tokens[2:].flatten(0, 1), [2, 3, 4], num_query=6)
     if fused:
         module.fuse()
-    cache = KVCache(
-        CONFIG, SinkPolicy(CacheConfig(sink_frames=0, window_frames=3)), num_rows=1, tokens_per_frame=6
-    )
+    cache = KVCache(CONFIG, SinkPolicy(CacheConfig(sink_frames=0, window_frames=3)), num_rows=1, tokens_per_frame=6)
     key = spatial_rotation(2, 3, COLUMNS, torch.float32, CPU)
     for frame in range(5):
         rotations = Rotations(query=full_rotation([frame])[None], key=key)

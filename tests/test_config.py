@@ -68,9 +68,7 @@ def test_only_tiny_is_bundled_and_it_does_not_claim_text_to_video():
     assert not PRESETS["tiny"].text_to_video and PRESETS["wan-1.3b"].text_to_video
 
 
-@pytest.mark.parametrize(
-    "dim, columns", [(12, (2, 2, 2)), (16, (4, 2, 2)), (20, (4, 3, 3)), (128, (22, 21, 21))]
-)
+@pytest.mark.parametrize("dim, columns", [(12, (2, 2, 2)), (16, (4, 2, 2)), (20, (4, 3, 3)), (128, (22, 21, 21))])
 def test_time_takes_the_rope_columns_that_do_not_divide_by_three(dim, columns):
     assert ModelConfig(dim=dim, ffn_dim=8, num_heads=1, num_layers=1).rope_columns == columns
 

@@ -56,9 +56,7 @@ def test_only_differences_of_positions_matter(model):
     x, t, context = inputs()
     prompt = model.encode_prompt(context)
     out = model(x, t, prompt)
-    assert_close(
-        model(x, t, prompt, frame_ids=torch.arange(3).expand(2, 3) + 5000), out, atol=2e-5, rtol=1e-4
-    )
+    assert_close(model(x, t, prompt, frame_ids=torch.arange(3).expand(2, 3) + 5000), out, atol=2e-5, rtol=1e-4)
     spread = model(x, t, prompt, frame_ids=torch.tensor([[0, 7, 30]]).expand(2, 3))
     assert (spread - out).abs().max() > 1e-3
 
@@ -91,9 +89,7 @@ def test_patches_out_by_hand(model):
 @pytest.mark.parametrize("size", [(5, 6), (4, 3)])
 def test_latent_size_that_is_no_multiple_of_the_patch(model, size):
     _, t, context = inputs()
-    with pytest.raises(
-        ValueError, match=f"latent size {size[0]}x{size[1]} must be a multiple of the patch 2x2"
-    ):
+    with pytest.raises(ValueError, match=f"latent size {size[0]}x{size[1]} must be a multiple of the patch 2x2"):
         model(torch.randn(2, 3, 3, *size), t, model.encode_prompt(context))
 
 

@@ -80,9 +80,7 @@ def test_mixed_rows_equal_rows_alone(model, prompts):
 
 def test_one_batch_per_shape(model, prompts, monkeypatch):
     shapes, forward = [], model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda xt, *a: shapes.append(tuple(xt.shape[:2])) or forward(xt, *a)
-    )
+    monkeypatch.setattr(model, "forward", lambda xt, *a: shapes.append(tuple(xt.shape[:2])) or forward(xt, *a))
     cache = new_cache(model, 4)
     rows = [make_row(r, [0, 1] if r == 2 else [0], prompts[0], r) for r in range(4)]
     Engine(model).forward([(cache, row) for row in rows])
@@ -114,9 +112,7 @@ def test_two_rows_of_one_cache_row_are_refused(model, prompts):
     with pytest.raises(ValueError, match="same cache row"):
         Engine(model).forward(rows)
     assert cache.tables[0].num_filled == 0  # refused before anything was written
-    Engine(model).forward(
-        [(new_cache(model), row) for _, row in rows]
-    )  # same row number of two streams is fine
+    Engine(model).forward([(new_cache(model), row) for _, row in rows])  # same row number of two streams is fine
 
 
 def test_x0_model_under_bfloat16_keeps_float32_latents(prompts):

@@ -17,16 +17,12 @@ from tests.random_pipeline import moving_frames
 
 def level(*values: int) -> np.ndarray:
     """Four 2x2 frames of each grey level."""
-    return (
-        np.repeat(np.array(values, np.uint8), 4)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)
-    )
+    return np.repeat(np.array(values, np.uint8), 4)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)
 
 
 def test_nearest_share_counts_whole_chunks_by_squared_error():
     targets = {"a": level(0, 0, 0), "b": level(200, 200, 200)}
-    output = np.concatenate(
-        [level(90, 110, 255), level(0)[:3]]
-    )  # nearest: a, b, b; three frames are no chunk
+    output = np.concatenate([level(90, 110, 255), level(0)[:3]])  # nearest: a, b, b; three frames are no chunk
     padded = {name: np.concatenate([t, t[:3]]) for name, t in targets.items()}
     assert evaluate.nearest_share(output, padded, "a") == (1, 3)
     assert evaluate.nearest_share(output, padded, "b") == (2, 3)
@@ -58,9 +54,7 @@ class Session:
 def clips(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SIZE_PX", 64)
     monkeypatch.setattr(data, "MIN_CLIP_FRAMES", 9)
-    monkeypatch.setattr(
-        evaluate, "reconstruction_psnr", lambda vae, clips, styles: dict.fromkeys(styles, 33.0)
-    )
+    monkeypatch.setattr(evaluate, "reconstruction_psnr", lambda vae, clips, styles: dict.fromkeys(styles, 33.0))
     folder = tmp_path / "val"
     folder.mkdir()
     for i in range(2):
@@ -123,9 +117,7 @@ def test_noise_curve_asks_for_every_noise_scale(clips):
     assert [options["noise_scale"] for _, options in log[::2]] == list(evaluate.NOISE_SCALES)
     inputs = [frames[:5] for _, frames in data.iter_clips(clips)]
     error = [np.square(255.0 - 2.0 * frames).mean() for frames in inputs]
-    assert rows[0]["psnr_to_input"] == pytest.approx(
-        np.mean(10 * np.log10(255**2 / np.array(error))), abs=1e-3
-    )
+    assert rows[0]["psnr_to_input"] == pytest.approx(np.mean(10 * np.log10(255**2 / np.array(error))), abs=1e-3)
 
 
 def test_drift_of_a_steady_and_of_a_fading_output(clips):

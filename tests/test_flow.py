@@ -14,9 +14,7 @@ def test_add_noise_by_hand_with_one_level_per_frame():
     assert_close(xt.flatten(), torch.tensor([2.5, -2.0]))  # 0.75·4 − 0.25·2 ; pure noise
 
 
-@pytest.mark.parametrize(
-    "sigma", [0.3, torch.tensor([0.3, 0.9]), torch.tensor([[0.3, 0.5, 0.7], [0.2, 0.9, 1.0]])]
-)
+@pytest.mark.parametrize("sigma", [0.3, torch.tensor([0.3, 0.9]), torch.tensor([[0.3, 0.5, 0.7], [0.2, 0.9, 1.0]])])
 def test_noise_velocity_x0_round_trip(sigma):
     g = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(2, 3, 4, 5, 6, dtype=torch.float64, generator=g) for _ in range(2))
@@ -54,9 +52,7 @@ def test_sigma_of_a_foreign_shape_is_refused():
 
 def test_shift_and_warp_by_hand():
     assert flow.shift_sigma(0.5, 8.0) == pytest.approx(4 / 4.5)
-    assert flow.warp_timesteps([1000, 750, 500, 250, 0], shift=5) == pytest.approx(
-        [1000, 937.5, 833.3333, 625, 0]
-    )
+    assert flow.warp_timesteps([1000, 750, 500, 250, 0], shift=5) == pytest.approx([1000, 937.5, 833.3333, 625, 0])
     assert flow.warp_timesteps([750, 700]) == pytest.approx([960.0, 949.1525], abs=1e-3)
     assert flow.sigma_from_timestep(700) == 0.7
 

@@ -169,9 +169,7 @@ def test_clear_is_a_new_cache():
     assert_close(used.seen, fresh.seen, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "num_frames, frames", [(0, []), (1, [6]), (2, [5, 6]), (3, [4, 5, 6]), (9, [4, 5, 6])]
-)
+@pytest.mark.parametrize("num_frames, frames", [(0, []), (1, [6]), (2, [5, 6]), (3, [4, 5, 6]), (9, [4, 5, 6])])
 def test_keeping_the_recent_frames_only(num_frames, frames):
     """sink 2 + window 3 after frame 6: slots 0 1 | 5 6 4. What stays keeps its keys, and the stream goes
     on."""

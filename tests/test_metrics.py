@@ -48,9 +48,7 @@ def test_flicker_counts_only_where_the_input_is_still():
     output[1] += 4
     output[1, :8] = 0  # whatever the output does there
     assert metrics.flicker(output, source) == pytest.approx(4)
-    assert metrics.flicker(flat(9, 5), flat(0, 2)) == pytest.approx(
-        4
-    )  # change of 2 is still; sign does not matter
+    assert metrics.flicker(flat(9, 5), flat(0, 2)) == pytest.approx(4)  # change of 2 is still; sign does not matter
     assert math.isnan(metrics.flicker(flat(9, 5), flat(0, 3)))
 
 
@@ -69,9 +67,7 @@ def test_warp_error_interpolates_between_pixels():
     ramp = np.repeat(np.arange(24, dtype=np.float32)[None, :, None] / 255, 20, axis=0).repeat(3, axis=2)
     video = np.stack([ramp, ramp + np.float32(0.25 / 255)])  # the ramp moved left by a quarter pixel
     quarter = np.float32([0.25, 0])
-    assert metrics.warp_error(video, video, [(STILL - quarter, STILL + quarter)]) == pytest.approx(
-        0, abs=1e-4
-    )
+    assert metrics.warp_error(video, video, [(STILL - quarter, STILL + quarter)]) == pytest.approx(0, abs=1e-4)
     assert metrics.warp_error(video, video, [(STILL, STILL)]) == pytest.approx(0.25, abs=1e-4)
 
 
@@ -82,9 +78,7 @@ def test_warp_error_with_estimated_flow():
     assert metrics.warp_error(restyled, source) < 2
     frozen = np.repeat(restyled[:1], 4, axis=0)
     assert metrics.warp_error(frozen, source) > 5 * metrics.warp_error(restyled, source)
-    flickering = np.clip(restyled.astype(int) + np.array([0, 10, 0, 10])[:, None, None, None], 0, 255).astype(
-        np.uint8
-    )
+    flickering = np.clip(restyled.astype(int) + np.array([0, 10, 0, 10])[:, None, None, None], 0, 255).astype(np.uint8)
     assert metrics.warp_error(flickering, source) == pytest.approx(10, abs=2)
 
 
@@ -94,9 +88,7 @@ def test_legacy_warp_error_reads_128_where_the_true_error_is_one_level():
     frames[1, 8:] -= 1
     still = np.zeros((16, 16, 2), dtype=np.float32)
     assert metrics.warp_error(frames, frames, [(still, still)]) == pytest.approx(1)
-    assert metrics.legacy_warp_error(frames, frames, [(still, still)]) == pytest.approx(
-        128
-    )  # half 1, half 255
+    assert metrics.legacy_warp_error(frames, frames, [(still, still)]) == pytest.approx(128)  # half 1, half 255
     # Only brighter: warped − now = −1 wraps to 255; only darker: +1 stays 1.
     assert metrics.legacy_warp_error(flat(100, 101), flat(0, 0), [(still, still)]) == 255
     assert metrics.legacy_warp_error(flat(101, 100), flat(0, 0), [(still, still)]) == 1
@@ -153,9 +145,7 @@ def test_lab_of_known_colours():
 def test_colour_drift_by_hand():
     picture = texture(24, 24)
     dull = (picture.astype(np.float32) * 0.5).astype(np.uint8)
-    video = np.stack(
-        [picture] * 4 + [dull] * 4 + [picture] * 3
-    )  # 2 fps, windows of 2 s = 4 frames; 3 left out
+    video = np.stack([picture] * 4 + [dull] * 4 + [picture] * 3)  # 2 fps, windows of 2 s = 4 frames; 3 left out
     drift = metrics.colour_drift(video, fps=2, reference_seconds=2)
     np.testing.assert_allclose(drift.time_s, [0, 2])
     assert drift.delta_e[0] == 0 and drift.delta_e[1] > 10

@@ -25,9 +25,7 @@ def chunk(*values: float) -> torch.Tensor:
 
 def test_distances_by_hand():
     # 0 → 0.1 → 0.1 → −0.2: changes 0.1, 0, 0.3
-    torch.testing.assert_close(
-        frame_distances(chunk(0.1, 0.1, -0.2), PREVIOUS), torch.tensor([0.1, 0.0, 0.3])
-    )
+    torch.testing.assert_close(frame_distances(chunk(0.1, 0.1, -0.2), PREVIOUS), torch.tensor([0.1, 0.0, 0.3]))
     torch.testing.assert_close(frame_distances(chunk(0.1, 0.1, -0.2), None), torch.tensor([0.0, 0.3]))
 
 
@@ -71,9 +69,7 @@ def test_disabled_is_constant_and_still_sets_the_timestep():
 
 
 def test_paper_form_remembers_the_window_across_chunks_of_one_latent_frame():
-    config = NoiseControllerConfig(
-        form="paper", motion_scale=0.4, window_frames=2, noise_range=0.2, smoothing=0.5
-    )
+    config = NoiseControllerConfig(form="paper", motion_scale=0.4, window_frames=2, noise_range=0.2, smoothing=0.5)
     state = dict(previous_noise_scale=0.8, recent_distances=())
     previous, motions, scales = PREVIOUS, [], []
     for value in (0.2, 0.2, 0.2):  # changes 0.2, 0, 0 → maximum over two: 0.2, 0.2, 0

@@ -124,9 +124,7 @@ def test_the_order_of_a_mix_does_not_matter():
     assert all(torch.equal(x, y) for x, y in zip(a.values, b.values, strict=True))
 
 
-@pytest.mark.parametrize(
-    "mix", [{}, {"a": 0.0}, {"a": 2.0, "b": -1.0}, {"a": float("nan")}, {"a": float("inf")}]
-)
+@pytest.mark.parametrize("mix", [{}, {"a": 0.0}, {"a": 2.0, "b": -1.0}, {"a": float("nan")}, {"a": float("inf")}])
 def test_impossible_mixes(pipe, mix):
     with pytest.raises(ValueError, match="weights must be >= 0"):
         pipe.start(mix)
@@ -160,9 +158,7 @@ def test_bfloat16_stays_close(saved):
     """The same stream within what 8 bits of mantissa give; NaN or a wrong cast would be far off."""
     frames = moving_frames(21)
     wide, narrow = (
-        stream(
-            StreamPipeline.from_preset("small", device="cpu", dtype=d, weights=saved).start("pencil"), frames
-        )
+        stream(StreamPipeline.from_preset("small", device="cpu", dtype=d, weights=saved).start("pencil"), frames)
         for d in ("float32", "bfloat16")
     )
     assert np.abs(wide.astype(float) - narrow).mean() < 4 < np.abs(wide.astype(float) - frames).mean()

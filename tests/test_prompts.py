@@ -65,9 +65,7 @@ def test_normalise_ignores_case_spelling_and_punctuation():
     assert normalise("Soft GREY, water-colour!") == normalise("soft gray water color")
 
 
-@pytest.mark.parametrize(
-    "ask", [training_prompts, lambda style: sample_prompt(style, np.random.default_rng(0))]
-)
+@pytest.mark.parametrize("ask", [training_prompts, lambda style: sample_prompt(style, np.random.default_rng(0))])
 def test_unknown_style_names_the_known_ones(ask):
     with pytest.raises(ValueError, match=r"unknown style 'cubist'.*photo, pencil.*night_vision"):
         ask("cubist")

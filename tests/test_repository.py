@@ -73,9 +73,7 @@ def test_readme_names_only_targets_that_exist() -> None:
 
 def test_ci_runs_the_documented_commands() -> None:
     script = read(".ci/run")
-    assert all(
-        command in script for command in ("make test", "make check", ".venv/bin/streamdiff run sample")
-    )
+    assert all(command in script for command in ("make test", "make check", ".venv/bin/streamdiff run sample"))
 
 
 def test_bundled_media_carry_their_licence() -> None:

@@ -31,9 +31,7 @@ def slow_rotate(x: torch.Tensor, angles: list[list[float]]) -> torch.Tensor:
 
 
 def test_quarter_turn_by_hand():
-    turn = torch.polar(
-        torch.ones(1, 1, dtype=torch.float64), torch.full((1, 1), math.pi / 2, dtype=torch.float64)
-    )
+    turn = torch.polar(torch.ones(1, 1, dtype=torch.float64), torch.full((1, 1), math.pi / 2, dtype=torch.float64))
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], dtype=torch.float64)
     assert_close(rotate(x, turn), torch.tensor([[[-2.0, 1.0, 3.0, 4.0]]], dtype=torch.float64))
 
@@ -64,11 +62,7 @@ def test_time_and_space_together_are_the_slow_loop():
     x = torch.randn(6, 2, 16, dtype=torch.float64)
     in_space = rotate(x, spatial_rotation(2, 3, COLUMNS, torch.float64, CPU))
     fast = rotate(in_space, temporal_rotation((7,), COLUMNS, torch.float64, CPU))
-    angles = [
-        [7 * 10_000 ** (-i / 4) for i in range(4)] + [y, y / 100, x, x / 100]
-        for y in (0, 1)
-        for x in (0, 1, 2)
-    ]
+    angles = [[7 * 10_000 ** (-i / 4) for i in range(4)] + [y, y / 100, x, x / 100] for y in (0, 1) for x in (0, 1, 2)]
     assert_close(fast, slow_rotate(x, angles), rtol=0, atol=1e-12)
 
 
@@ -87,9 +81,7 @@ def test_only_differences_of_positions_matter(shift):
     q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64).unbind(0)
 
     def score(at_q: int, at_k: int) -> torch.Tensor:
-        turned = [
-            rotate(t, temporal_rotation((p,), COLUMNS, torch.float64, CPU)) for t, p in ((q, at_q), (k, at_k))
-        ]
+        turned = [rotate(t, temporal_rotation((p,), COLUMNS, torch.float64, CPU)) for t, p in ((q, at_q), (k, at_k))]
         return (turned[0] * turned[1]).sum()
 
     # float64 rounds the angle 100,000 to 1e-11
@@ -164,7 +156,5 @@ def test_refresh_by_counting():
 
 
 def test_unknown_map():
-    with pytest.raises(
-        ValueError, match="unknown position map 'pack'; use absolute, packed, slots, ahead or wrap"
-    ):
+    with pytest.raises(ValueError, match="unknown position map 'pack'; use absolute, packed, slots, ahead or wrap"):
         temporal_positions("pack", [0], [1])

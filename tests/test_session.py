@@ -82,16 +82,14 @@ def test_keep_with_the_same_prompt_is_no_switch(pipe, frames):
 
 
 def cache_contents(session, row=0):
-    return [
-        torch.stack([k[row], v[row]]).clone() for k, v in zip(session.cache.k, session.cache.v, strict=True)
-    ]
+    return [torch.stack([k[row], v[row]]).clone() for k, v in zip(session.cache.k, session.cache.v, strict=True)]
 
 
 def recache_now(session, prompt):
     """Re-cache all rows at once, outside a push, to look at the cache between two chunks."""
     context = session.pipe.encode_prompt(prompt)
     for row in range(session.cache.num_rows):
-        session.pipe.engine.forward([(session.cache, session._recache_row(row, context))])
+        session.pipe.engine.forward([(session.cache, session._denoiser.recache_row(row, context))])
 
 
 def test_recache_with_the_same_prompt_right_after_the_first_chunk_changes_nothing(pipe, frames):
@@ -144,7 +142,11 @@ def test_flush_keeps_the_sink_and_the_last_two_frames(pipe, frames):
     session.set_prompt("oil paint", "flush")
     assert {s["frame"] for s in session.stats.cache_slots} == {0, 6, 7, 8}  # not before the next chunk
     session.push(frames[33:37])
-    assert {s["frame"] for s in session.stats.cache_slots} == {0, 7, 8, 9}
+    assert {s["frame"] for s in session.stats.cache_slots} == {
+        0,
+        8,
+        9,
+    }  # a window of 3 keeps one, else all would stay
     session = pipe.start("pencil", steps=1, cache=replace(pipe.preset.cache, window_frames=6))
     session.push(frames[:33])
     session.set_prompt("oil paint", "flush")
@@ -180,9 +182,7 @@ def test_switch_before_the_first_chunk_is_another_start(pipe, frames):
     for switch in SWITCHES:
         session = pipe.start("pencil")
         session.set_prompt("oil paint", switch)
-        assert np.array_equal(stream(session, frames[:21]), stream(pipe.start("oil paint"), frames[:21])), (
-            switch
-        )
+        assert np.array_equal(stream(session, frames[:21]), stream(pipe.start("oil paint"), frames[:21])), switch
 
 
 def test_switch_while_draining_waits_for_the_next_chunk(pipe, frames):
@@ -230,18 +230,14 @@ def test_mixed_prompts(pipe, frames):
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 6, 21])
-@pytest.mark.parametrize(
-    "options", [dict(steps=3), dict(schedule="sequential"), dict(latent_frames_per_chunk=3)]
-)
+@pytest.mark.parametrize("options", [dict(steps=3), dict(schedule="sequential"), dict(latent_frames_per_chunk=3)])
 def test_text_to_video(pipe, num_frames, options):
     clip = pipe.start("pencil", mode="t2v", seed=3, **options).generate(num_frames=num_frames)
     assert clip.shape == (num_frames, 64, 64, 3) and clip.dtype == np.uint8
     again = pipe.start("pencil", mode="t2v", seed=3, **options).generate(num_frames=num_frames)
     assert np.array_equal(clip, again)
     assert not np.array_equal(clip, pipe.start("pencil", mode="t2v", seed=4, **options).generate(num_frames))
-    assert not np.array_equal(
-        clip, pipe.start("oil paint", mode="t2v", seed=3, **options).generate(num_frames)
-    )
+    assert not np.array_equal(clip, pipe.start("oil paint", mode="t2v", seed=3, **options).generate(num_frames))
 
 
 def test_text_to_video_goes_on(pipe):
@@ -373,11 +369,12 @@ def test_nothing_works_after_close(pipe, frames):
         lambda: session.generate(5),
         lambda: session.stats,
         lambda: session.nbytes,
+        lambda: session.cache,
     ]
     for call in calls:
         with pytest.raises(StreamClosedError, match="start a new one"):
             call()
-    assert session.cache is None
+    assert session._denoiser is None
     session.close()  # twice is fine
 
 

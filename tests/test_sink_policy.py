@@ -134,9 +134,7 @@ def test_a_first_chunk_that_fits_nowhere(sink, window):
     """It may use the sink slots as well, but not more than there are."""
     policy = policy_of(sink, window)
     table = policy.new_table()
-    with pytest.raises(
-        ValueError, match=f"a chunk of 3 latent frames does not fit a window of {window}.*raise"
-    ):
+    with pytest.raises(ValueError, match=f"a chunk of 3 latent frames does not fit a window of {window}.*raise"):
         policy.plan(table, (0, 1, 2))
     assert table.num_filled == 0
     if sink + window >= 2:
@@ -245,9 +243,7 @@ def test_longer_chunks_and_missing_descriptors_leave_sinks_alone(form):
     policy = policy_of(2, 2, adaptive_sink=form)
     assert play(policy, [(0, 1), (2, 3), (4, 5)], [EAST, EAST, WEST]).frames == [0, 1, 4, 5]
     assert play(policy, [(0, 1), (2,), (3,), (4,)]).frames == [0, 1, 4, 3]
-    late = play(
-        policy, [(0, 1), (2,), (3,), (4,)], [None, EAST, EAST, WEST]
-    )  # sinks came without a descriptor
+    late = play(policy, [(0, 1), (2,), (3,), (4,)], [None, EAST, EAST, WEST])  # sinks came without a descriptor
     assert late.frames == [0, 1, 4, 3]
     assert play(policy_of(0, 2, adaptive_sink=form), [(0,), (1,), (2,)], [EAST, EAST, WEST]).frames == [2, 1]
 

@@ -94,19 +94,13 @@ def test_same_seed_and_prompt_same_tokens():
 
 
 def test_order_case_and_spelling(encoder):
-    a, b, c, d = encoder.encode(
-        ["red car blue sky", "blue car red sky", "RED car, Blue sky.", "red cars blue sky"]
-    )
+    a, b, c, d = encoder.encode(["red car blue sky", "blue car red sky", "RED car, Blue sky.", "red cars blue sky"])
     # positions count: without them b would be a with two rows swapped
     assert (a[[2, 1, 0, 3]] - b[:4]).abs().max() > 1e-3
     assert_close(a, c)  # case and punctuation do not
     table = encoder.table.weight
-    near = torch.cosine_similarity(
-        *(table[word_ngrams(w, 512)].mean(0) for w in ("painting", "paintings")), dim=0
-    )
-    far = torch.cosine_similarity(
-        *(table[word_ngrams(w, 512)].mean(0) for w in ("painting", "cyberpunk")), dim=0
-    )
+    near = torch.cosine_similarity(*(table[word_ngrams(w, 512)].mean(0) for w in ("painting", "paintings")), dim=0)
+    far = torch.cosine_similarity(*(table[word_ngrams(w, 512)].mean(0) for w in ("painting", "cyberpunk")), dim=0)
     assert near > far + 0.2 and (a - d).abs().max() > 1e-3  # an inflection is near, but not the same
 
 

@@ -150,9 +150,7 @@ def test_prepare_encodes_every_clip_and_style_once(clips, tmp_path, vae):
     assert latents.shape == (NUM_STYLES, 5, 6, 8, 8) and latents.dtype == np.float16
     frames = data.read_clip(clips / "clip1.mp4")[:17]
     for i in (0, 3, NUM_STYLES - 1):
-        styled = (
-            torch.from_numpy(apply_style(data.STYLE_NAMES[i], frames)).permute(0, 3, 1, 2)[None] / 127.5 - 1
-        )
+        styled = torch.from_numpy(apply_style(data.STYLE_NAMES[i], frames)).permute(0, 3, 1, 2)[None] / 127.5 - 1
         padded = torch.cat([styled[:, :1]] * 3 + [styled], dim=1)  # the first frame is four copies of itself
         patches = vae._to_patches(padded)
         expected = ((patches - vae.mean) @ vae.basis.T * vae.scale).permute(0, 1, 4, 2, 3)[0]
@@ -365,9 +363,7 @@ def test_strangers_come_between_the_words_of_the_prompt():
 def test_held_out_accuracy_counts_and_names_the_wrong_ones():
     style_of = {p: i for i, style in enumerate(data.STYLE_NAMES) for p in HELD_OUT_PROMPTS[style]}
     one_hot = torch.eye(NUM_STYLES)
-    encoder = SimpleNamespace(
-        encode=lambda prompts: torch.stack([one_hot[style_of[p]][None] for p in prompts])
-    )
+    encoder = SimpleNamespace(encode=lambda prompts: torch.stack([one_hot[style_of[p]][None] for p in prompts]))
     assert text_stage.held_out_accuracy(encoder, nn.Identity()) == (1.0, [])
     prompt = HELD_OUT_PROMPTS["oil"][0]
     style_of[prompt] = data.STYLE_NAMES.index("neon")
@@ -376,9 +372,7 @@ def test_held_out_accuracy_counts_and_names_the_wrong_ones():
     assert wrong == [f"{prompt!r}: neon for oil"]
 
 
-@pytest.mark.parametrize(
-    ("error", "kept"), [(KeyboardInterrupt, 3), (MemoryError, 2)], ids=["ctrl-c", "killed"]
-)
+@pytest.mark.parametrize(("error", "kept"), [(KeyboardInterrupt, 3), (MemoryError, 2)], ids=["ctrl-c", "killed"])
 def test_text_training_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, monkeypatch, error, kept):
     monkeypatch.setattr(text_stage, "LOG_EVERY_STEPS", 2)
 
@@ -406,9 +400,7 @@ def test_text_training_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, mon
     assert (tmp_path / "broken" / "wrong.txt").read_text(encoding="utf-8")
     before = (tmp_path / "broken" / "last.pt").stat().st_mtime_ns
     train("broken")
-    assert (tmp_path / "broken" / "last.pt").stat().st_mtime_ns == before, (
-        "nothing left to do, nothing written"
-    )
+    assert (tmp_path / "broken" / "last.pt").stat().st_mtime_ns == before, "nothing left to do, nothing written"
 
 
 # --- decoder ---
@@ -436,9 +428,7 @@ def test_reconstruction_psnr_is_that_of_the_projection(clips, vae):
     for path in sorted(clips.glob("*.mp4"))[1:]:
         path.unlink()
     vae.mean.fill_(-0.3)
-    x = vae._to_patches(
-        torch.cat([frames_to_tensor(frames[:1])] * 3 + [frames_to_tensor(frames[:17])], dim=1)
-    )
+    x = vae._to_patches(torch.cat([frames_to_tensor(frames[:1])] * 3 + [frames_to_tensor(frames[:17])], dim=1))
     back = (x - vae.mean) @ vae.basis.T @ vae.basis + vae.mean
     pixels = (vae._from_patches(back)[0, 3:].clamp(-1, 1) + 1) * 127.5
     truth = torch.from_numpy(frames[:17]).permute(0, 3, 1, 2)
@@ -611,9 +601,7 @@ def test_stages_that_need_clips_ask_for_them(stage, named, tmp_path, capsys):
     assert f"--{named} must be a folder with .mp4 clips, got {tmp_path}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("stage", "missing"), [("dit", "last.pt"), ("export", "last.pt"), ("decoder", "vae_basis.pt")]
-)
+@pytest.mark.parametrize(("stage", "missing"), [("dit", "last.pt"), ("export", "last.pt"), ("decoder", "vae_basis.pt")])
 def test_a_missing_earlier_stage_is_named(stage, missing, tmp_path, clips, capsys):
     (tmp_path / "work").mkdir()
     if stage == "dit":
@@ -674,9 +662,7 @@ def test_export_writes_weights_that_a_pipeline_loads(tmp_path):
     loaded = pipe.transformer.state_dict()
     for key, value in parts[0].state_dict().items():  # the averaged weights, not the last ones
         assert_close(loaded[key], (value.float() + 0.25).bfloat16().float(), rtol=0, atol=0)
-    assert_close(
-        pipe.vae.state_dict(), {k: v + 0.25 for k, v in parts[1].state_dict().items()}, rtol=0, atol=0
-    )
+    assert_close(pipe.vae.state_dict(), {k: v + 0.25 for k, v in parts[1].state_dict().items()}, rtol=0, atol=0)
     assert_close(pipe.text_encoder.state_dict(), dict(parts[2].state_dict()), rtol=0, atol=0)
 
 

@@ -42,9 +42,7 @@ def test_every_number_lands_in_its_own_place():
     for channel, time, row, column, y, x in [(0, 0, 0, 0, 0, 0), (2, 3, 7, 7, 1, 2), (1, 2, 5, 0, 1, 0)]:
         n = ((channel * 4 + time) * 8 + row) * 8 + column
         assert latents[0, 1, n, y, x] == frames[0, 1 + time, channel, 8 * y + row, 8 * x + column]
-        assert (
-            latents[0, 0, n, y, x] == frames[0, 0, channel, 8 * y + row, 8 * x + column]
-        )  # four copies of frame 0
+        assert latents[0, 0, n, y, x] == frames[0, 0, channel, 8 * y + row, 8 * x + column]  # four copies of frame 0
 
 
 def test_whitening_by_hand():
@@ -82,9 +80,7 @@ def test_first_frame_may_come_alone():
 def test_first_call_wants_one_more_than_a_multiple(num_frames):
     vae = TinyVAE(VAEConfig(width=8))
     state = vae.new_state()
-    with pytest.raises(
-        ValueError, match=rf"{num_frames} frames do not make whole latent frames; pass 1 \+ 4n"
-    ):
+    with pytest.raises(ValueError, match=rf"{num_frames} frames do not make whole latent frames; pass 1 \+ 4n"):
         vae.encode(torch.zeros(1, num_frames, 3, 8, 8), state)
     assert vae.encode(torch.zeros(1, 1, 3, 8, 8), state).shape[1] == 1  # the refusal left the state alone
 
@@ -94,9 +90,7 @@ def test_later_calls_want_a_multiple(num_frames):
     vae = TinyVAE(VAEConfig(width=8))
     state = vae.new_state()
     vae.encode(torch.zeros(1, 1, 3, 8, 8), state)
-    with pytest.raises(
-        ValueError, match=f"{num_frames} frames do not make .*; pass 4n frames after the first call"
-    ):
+    with pytest.raises(ValueError, match=f"{num_frames} frames do not make .*; pass 4n frames after the first call"):
         vae.encode(torch.zeros(1, num_frames, 3, 8, 8), state)
 
 

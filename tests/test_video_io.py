@@ -95,9 +95,7 @@ def test_anamorphic_pixels_become_square(tmp_path: Path) -> None:
 
 
 def test_colours_survive_the_round_trip(tmp_path: Path) -> None:
-    colours = np.array(
-        [(200, 30, 40), (30, 180, 60), (40, 60, 210), (128, 128, 128), (250, 240, 30)], np.uint8
-    )
+    colours = np.array([(200, 30, 40), (30, 180, 60), (40, 60, 210), (128, 128, 128), (250, 240, 30)], np.uint8)
     frames = np.repeat(np.repeat(colours[:, None, None], 64, 1), 64, 2)
     with VideoWriter(tmp_path / "out.mp4", 16) as writer:
         writer.write(frames)

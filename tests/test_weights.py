@@ -91,9 +91,7 @@ def test_choice_between_two_wrappers(model, state, tmp_path):
     assert_same_weights(model, state)
     assert load_checkpoint(model, tmp_path, wrapper="generator_ema").wrapper == "generator_ema"
     assert_same_weights(model, averaged)
-    with pytest.raises(
-        CheckpointError, match="no state dict under 'critic'; entries: generator_ema, generator"
-    ):
+    with pytest.raises(CheckpointError, match="no state dict under 'critic'; entries: generator_ema, generator"):
         load_checkpoint(model, tmp_path, wrapper="critic")
 
 
@@ -118,9 +116,7 @@ def test_key_tables_are_inverse(state):
 
 def test_two_keys_for_one_tensor(model, state, tmp_path):
     torch.save({**state, "model.head.head.bias": state["head.head.bias"]}, tmp_path / "model.pt")
-    with pytest.raises(
-        CheckpointError, match=r"model\.pt: several keys name the same tensor: head\.head\.bias"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.pt: several keys name the same tensor: head\.head\.bias"):
         load_checkpoint(model, tmp_path)
 
 
@@ -265,9 +261,7 @@ def test_shards(model, tmp_path):
     assert count >= 2 and names[0] == f"dit-00001-of-{count:05d}.safetensors"
     assert names[-1] == "dit.safetensors.index.json"
     assert all(file.stat().st_size <= 40_000 for file in files)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names), (
-        "the single file is gone, no .tmp is left"
-    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names), "the single file is gone, no .tmp is left"
     for source in (path, files[-1]):
         load_checkpoint(model, source)
         assert_same_weights(model, saved.state_dict())
@@ -377,9 +371,7 @@ def test_hub_repository(model, state, tmp_path, monkeypatch):
 
     (tmp_path / "v2v").mkdir()
     torch.save({"generator": state}, tmp_path / "v2v" / "model.pt")
-    monkeypatch.setitem(
-        sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download)
-    )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
     load_checkpoint(model, "someone/model-1.3B", subfolder="v2v")
     assert_same_weights(model, state)
     assert asked["repository"] == "someone/model-1.3B"
@@ -394,9 +386,7 @@ def test_hub_out_of_reach(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match="someone/model: .*pip install huggingface_hub"):
         load_checkpoint(model, "someone/model")
-    monkeypatch.setitem(
-        sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download)
-    )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
     with pytest.raises(CheckpointError, match="someone/model: .* the hub said: no route to host$"):
         load_checkpoint(model, "someone/model")
     with pytest.raises(CheckpointError, match=r"here/model\.pt: no such file or folder$"):

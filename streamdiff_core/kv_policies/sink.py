@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
 
 from streamdiff_core.config import CacheConfig
 from streamdiff_core.rope import temporal_positions
@@ -39,9 +41,7 @@ class SinkPolicy:
         sinks, window = self.config.sink_frames, self.config.window_frames
         return SlotTable(frames=[None] * (sinks + window), is_sink=[True] * sinks + [False] * window)
 
-    def plan(
-        self, table: SlotTable, frame_ids: Sequence[int], descriptor: np.ndarray | None = None
-    ) -> RowPlan:
+    def plan(self, table: SlotTable, frame_ids: Sequence[int], descriptor: np.ndarray | None = None) -> RowPlan:
         """Place the chunk ``frame_ids`` and return what this forward writes and reads.
 
         Frames already in the table (later denoising steps, clean pass) keep their slots: no second eviction.
@@ -126,3 +126,12 @@ class SinkPolicy:
         )
         at = dict(zip(sinks + window, sink_at + window_at, strict=True))
         return tuple(at[s] for s in filled)
+
+
+def describe_content(latents: Tensor, grid: int = 4) -> np.ndarray:
+    """Unit vector of what a chunk shows: its clean latents [F, C, h, w], averaged over frames on a 4 x 4 grid.
+
+    Source: the chunk embedding h_t of paper §3.2; upstream compares rotated keys per layer (SPEC §2.6).
+    """
+    pooled = F.adaptive_avg_pool2d(latents.float().mean(0), grid).flatten()
+    return (pooled / pooled.norm().clamp_min(1e-6)).cpu().numpy()

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from streamdiff_core.config import VAEConfig
-from streamdiff_core.frames import frames_to_tensor as to_tensor
-from streamdiff_core.frames import resize_and_crop
+from streamdiff_core.frames import frames_to_tensor, resize_and_crop
 from streamdiff_core.training.styles import STYLES, apply_style
 from streamdiff_core.types import VideoReadError
 from streamdiff_core.vae import TinyVAE
@@ -74,13 +73,11 @@ def augment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def encode_styles(frames: np.ndarray, vae: TinyVAE, styles: Sequence[str] = STYLE_NAMES) -> Tensor:
     """Source clip -> latents of every style, float16 [S, F, C, h, w]; frames beyond 1 + 4n are dropped."""
     frames = whole_latent_frames(frames)
-    latents = [vae.encode(to_tensor(apply_style(s, frames)), vae.new_state())[0] for s in styles]
+    latents = [vae.encode(frames_to_tensor(apply_style(s, frames)), vae.new_state())[0] for s in styles]
     return torch.stack(latents).half()
 
 
-def _prepare_clip(
-    clip: Path, variant: int, *, folder: Path, config: VAEConfig, weights: dict[str, Tensor]
-) -> None:
+def _prepare_clip(clip: Path, variant: int, *, folder: Path, config: VAEConfig, weights: dict[str, Tensor]) -> None:
     target = folder / f"{clip.stem}__v{variant}.npy"
     if target.exists():
         return

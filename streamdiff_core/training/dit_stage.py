@@ -146,17 +146,13 @@ class Objective:
         self.detail_weight = self.detail_weight / self.detail_weight.mean()
         self.detail_weight = torch.where(is_motion(vae), MOTION_WEIGHT, 1.0) * self.detail_weight
 
-    def predict(
-        self, xt: Tensor, sigma: Tensor, prompts: PromptContext, ids: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def predict(self, xt: Tensor, sigma: Tensor, prompts: PromptContext, ids: Tensor, mask: Tensor | None) -> Tensor:
         """x0 prediction, float32."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
             velocity = self.model(xt, 1000 * sigma, prompts, mask=mask, frame_ids=ids)
         return xt - sigma[:, :, None, None, None] * velocity
 
-    def __call__(
-        self, rows: dict[str, Tensor], generator: torch.Generator, self_input: bool
-    ) -> tuple[Tensor, float]:
+    def __call__(self, rows: dict[str, Tensor], generator: torch.Generator, self_input: bool) -> tuple[Tensor, float]:
         """Loss, and the PSNR (dB, pixels) of rows that start from the source; NaN when no row does."""
         source, target = rows["source"], rows["target"]
         b, f, _, h, w = target.shape
@@ -165,7 +161,7 @@ class Objective:
         tokens = self.model.config.tokens_per_frame(h, w)
         mask = block_causal_mask(f, tokens) if f > 1 else None
         ids = random_frame_ids(b, f, generator)
-        from_source = torch.rand(b, 1, generator=generator) < 0.6
+        from_source = torch.rand(b, 1, generator=generator) < (0.4 if self_input else 0.6)
         uniform = torch.rand(b, 1, generator=generator)
         sigma = torch.where(from_source, 0.3 + 0.65 * uniform, 0.02 + 0.58 * uniform)
         sigma = (sigma + 0.03 * torch.randn(b, f, generator=generator)).clamp(0.02, 0.97)
@@ -259,7 +255,7 @@ def train_dit(
             turns = [p for p in PHASES if p.begin == latest]
             phase = turns[run.step % len(turns)]
             generator = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
-            self_input = progress > SELF_INPUT_FROM and run.step % 8 < 2
+            self_input = progress > SELF_INPUT_FROM and run.step % 4 < 2
             set_learning_rate(optimizer, learning_rate(peak_lr, run.step, progress, 100))
             loss, psnr = objective(batches.draw(run.step, phase), generator, self_input)
             optimizer.zero_grad()
@@ -277,7 +273,5 @@ def train_dit(
                 run.save()
                 clips.rescan()
                 last_log_s = run.seconds
-            bar.set_postfix(
-                step=run.step, psnr=f"{smooth:.2f}", rows=phase.rows, cells=phase.cells, refresh=False
-            )
+            bar.set_postfix(step=run.step, psnr=f"{smooth:.2f}", rows=phase.rows, cells=phase.cells, refresh=False)
             bar.update(round(run.seconds) - bar.n)

@@ -111,9 +111,7 @@ def score_styles(pipe: StreamPipeline, clips: Path, styles: Sequence[str] = STYL
     return scores
 
 
-def noise_curve(
-    pipe: StreamPipeline, clips: Path, style: str = "oil", num_frames: int = 33
-) -> list[dict[str, float]]:
+def noise_curve(pipe: StreamPipeline, clips: Path, style: str = "oil", num_frames: int = 33) -> list[dict[str, float]]:
     """Per noise scale: PSNR (dB) to the filter's output and to the input, and sharpness."""
     rows = []
     for noise_scale in NOISE_SCALES:

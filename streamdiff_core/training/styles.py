@@ -28,9 +28,7 @@ def _ramp_table(stops: Stops) -> np.ndarray:
     levels = np.linspace(0.0, 1.0, _RAMP_LEVELS)
     colours = np.asarray(stops, dtype=np.float64) / 255.0
     table = np.stack([np.interp(levels, at, colours[:, channel]) for channel in range(3)], axis=1)
-    return cv2.GaussianBlur(
-        table.astype(np.float32), (1, 63), 0, sigmaY=12.0, borderType=cv2.BORDER_REPLICATE
-    )
+    return cv2.GaussianBlur(table.astype(np.float32), (1, 63), 0, sigmaY=12.0, borderType=cv2.BORDER_REPLICATE)
 
 
 @lru_cache(maxsize=32)
@@ -171,9 +169,7 @@ def watercolour(frame: np.ndarray) -> np.ndarray:
     half = cv2.resize(frame, ((width + 1) // 2, (height + 1) // 2), interpolation=cv2.INTER_AREA)
     for _ in range(2):
         half = cv2.bilateralFilter(half, 7, 40, 5)
-    image = _blur(
-        cv2.resize(half, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.float32) / 255.0, 1.0
-    )
+    image = _blur(cv2.resize(half, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.float32) / 255.0, 1.0)
     tone = _luma(image)
     stops = ((78, 74, 140), (112, 152, 198), (204, 206, 218), (252, 230, 216), (254, 251, 245))
     wash = _grade(image, _soft_steps(tone, 5, 0.6), stops, 1.5)
@@ -189,9 +185,7 @@ def oil(frame: np.ndarray) -> np.ndarray:
     average = cv2.blur(tone, (5, 5))
     variance = np.maximum(cv2.blur(tone * tone, (5, 5)) - average * average, 0)
     weight = (1.0 / (variance + 6e-5)) ** 3 * 1e-12
-    stack = cv2.copyMakeBorder(
-        np.dstack([mean * weight[..., None], weight]), 3, 3, 3, 3, cv2.BORDER_REFLECT_101
-    )
+    stack = cv2.copyMakeBorder(np.dstack([mean * weight[..., None], weight]), 3, 3, 3, 3, cv2.BORDER_REFLECT_101)
     height, width = tone.shape
     total = sum(stack[y : y + height, x : x + width] for y in (0, 6) for x in (0, 6))
     dabs = _blur(total[..., :3] / total[..., 3:], 0.7)
@@ -205,9 +199,7 @@ def cyanotype(frame: np.ndarray) -> np.ndarray:
     tone = _luma(_soften(frame, 1.0))
     tone = tone + 0.6 * (tone - _blur(tone, 5.0))
     print_tone = _smoothstep(tone, -0.05, 1.0)
-    page = _colourise(
-        print_tone, ((6, 24, 74), (14, 58, 128), (64, 122, 186), (170, 204, 226), (246, 246, 236))
-    )
+    page = _colourise(print_tone, ((6, 24, 74), (14, 58, 128), (64, 122, 186), (170, 204, 226), (246, 246, 236)))
     return _finish(page + _grain(*tone.shape, 1.8, 3))
 
 
@@ -246,18 +238,14 @@ def ukiyo_e(frame: np.ndarray) -> np.ndarray:
     tone = _luma(image)
     stops = ((26, 38, 84), (48, 92, 128), (206, 84, 60), (226, 176, 130), (240, 222, 184), (246, 236, 210))
     fields = _grade(image, _soft_steps(tone, 5), stops, 0.3)
-    return _finish(
-        _mix(fields, (24, 26, 48), 0.9 * _ink(tone, 1.5, 0.01, 0.05)) + _grain(*tone.shape, 1.8, 5)
-    )
+    return _finish(_mix(fields, (24, 26, 48), 0.9 * _ink(tone, 1.5, 0.01, 0.05)) + _grain(*tone.shape, 1.8, 5))
 
 
 def night_vision(frame: np.ndarray) -> np.ndarray:
     """Light amplifier: phosphor green, lifted shadows, bloom around lights, faint scan lines."""
     tone = _luma(_soften(frame, 1.2))
     bloom = _blur(_smoothstep(tone, 0.5, 1.0), 6.0)
-    scan = (1.0 - 0.05 * np.cos(2 * np.pi * (np.arange(frame.shape[0]) + 0.5) / 8)).astype(np.float32)[
-        :, None
-    ]
+    scan = (1.0 - 0.05 * np.cos(2 * np.pi * (np.arange(frame.shape[0]) + 0.5) / 8)).astype(np.float32)[:, None]
     stops = ((0, 12, 4), (4, 74, 22), (24, 156, 50), (90, 226, 96), (196, 255, 170), (236, 255, 214))
     return _finish(_colourise((0.9 * tone + 0.3 * bloom) * scan, stops))
 
@@ -286,12 +274,7 @@ def apply_style(name: str, frames: np.ndarray) -> np.ndarray:
     """
     if name not in STYLES:
         raise ValueError(f"unknown style {name!r}; known styles: {', '.join(STYLES)}")
-    if (
-        frames.dtype != np.uint8
-        or frames.ndim != 4
-        or frames.shape[-1] != 3
-        or min(frames.shape[1:3]) < MIN_SIDE_PX
-    ):
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or min(frames.shape[1:3]) < MIN_SIDE_PX:
         raise ValueError(
             f"frames must be uint8 [T, H, W, 3] with sides of at least {MIN_SIDE_PX} px,"
             f" got {frames.dtype} {list(frames.shape)}"

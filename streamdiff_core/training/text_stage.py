@@ -51,9 +51,7 @@ def held_out_accuracy(encoder: TinyTextEncoder, readout: nn.Linear) -> tuple[flo
     return 1 - len(wrong) / len(pairs), wrong
 
 
-def train_text(
-    folder: Path, config: TextConfig, *, num_steps: int = 2000, batch: int = 64, seed: int = 0
-) -> None:
+def train_text(folder: Path, config: TextConfig, *, num_steps: int = 2000, batch: int = 64, seed: int = 0) -> None:
     """Train into ``folder``; resumes by itself and then ends with the same weights as an unbroken run."""
     from tqdm import tqdm
 

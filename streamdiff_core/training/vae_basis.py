@@ -14,14 +14,15 @@ import numpy as np
 import torch
 
 from streamdiff_core.config import VAEConfig
-from streamdiff_core.training.data import STYLE_NAMES, iter_clips, to_tensor
+from streamdiff_core.frames import frames_to_tensor
+from streamdiff_core.training.data import STYLE_NAMES, iter_clips
 from streamdiff_core.training.styles import apply_style
 from streamdiff_core.vae import TinyVAE
 
 FIRST_CHANNEL_STD = 10.0
 WHITENING_POWER = 0.5
 SOURCE_WEIGHT = 4.0
-MOTION_BOOST = 2.5
+MOTION_BOOST = 10.0
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def fit_basis(clips: Path, config: VAEConfig, *, patches_per_clip: int = 400, se
         at = rng.integers(0, len(frames) - config.temporal_stride + 1)
         for style in STYLE_NAMES:
             styled = apply_style(style, frames[at : at + config.temporal_stride])
-            patches = vae._to_patches(to_tensor(styled)).flatten(0, 3)
+            patches = vae._to_patches(frames_to_tensor(styled)).flatten(0, 3)
             samples.append(patches[torch.from_numpy(rng.permutation(len(patches))[:patches_per_clip])])
             weights.append(torch.full((len(samples[-1]),), SOURCE_WEIGHT if style == "photo" else 1.0))
     x, w = torch.cat(samples).double(), torch.cat(weights).double()[:, None]

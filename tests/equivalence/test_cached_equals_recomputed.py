@@ -99,9 +99,7 @@ def slow_turn(x: Tensor, position: int) -> Tensor:
     """3D RoPE of one frame's tokens [4, heads, 12]: 2 column pairs each for time, row and column."""
     out, row, col = torch.empty_like(x), [0, 0, 1, 1], [0, 1, 0, 1]
     for pair, place in enumerate([[position] * 4, [position] * 4, row, row, col, col]):
-        angle = torch.tensor(place).double()[:, None] * (
-            1.0 if pair % 2 == 0 else 0.01
-        )  # 10,000 ** (-{0, 1} / 2)
+        angle = torch.tensor(place).double()[:, None] * (1.0 if pair % 2 == 0 else 0.01)  # 10,000 ** (-{0, 1} / 2)
         a, b = x[..., 2 * pair], x[..., 2 * pair + 1]
         out[..., 2 * pair] = a * angle.cos() - b * angle.sin()
         out[..., 2 * pair + 1] = a * angle.sin() + b * angle.cos()
@@ -134,9 +132,7 @@ class SlowStream:
         sinks, window = slow_roles(self.cache, self.seen)
         at = {f: slow_position(self.cache, f, sinks, window) for f in sinks + window}
         x = MODEL.patch_embedding(xt.transpose(0, 1)[None])[0].flatten(2).permute(1, 2, 0)  # [F, 4, D]
-        angle = timestep[:, None] * torch.tensor(
-            [10_000.0 ** (-i / 4) for i in range(4)], dtype=torch.float64
-        )
+        angle = timestep[:, None] * torch.tensor([10_000.0 ** (-i / 4) for i in range(4)], dtype=torch.float64)
         time = MODEL.time_embedding(torch.cat([angle.cos(), angle.sin()], 1))  # [F, D]
         time6 = MODEL.time_projection(time).view(len(ids), 6, 1, 24)
         for layer, block in enumerate(MODEL.blocks):
@@ -250,9 +246,7 @@ def test_absolute_is_one_forward_with_a_mask(sink, window, steps):
     if sink:  # the oracle can tell: without the sinks it gives something else
         wrong = mask.clone()
         wrong[40:, : 4 * sink] = False
-        other = MODEL(
-            xt, t, MODEL.encode_prompt(PROMPT), mask=wrong, frame_ids=torch.arange(num_frames)[None]
-        )
+        other = MODEL(xt, t, MODEL.encode_prompt(PROMPT), mask=wrong, frame_ids=torch.arange(num_frames)[None])
         assert (other - whole).abs().max() > 1e-3
 
 

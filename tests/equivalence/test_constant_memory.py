@@ -40,9 +40,7 @@ def test_cache_of_two_thousand_frames(positions):
 def test_kept_values_do_not_hold_their_forward_alive():
     """Storage is written in place: the chunk's own tensors, and any graph behind them, are free
     afterwards."""
-    cache = KVCache(
-        MODEL, SinkPolicy(CacheConfig(sink_frames=1, window_frames=2)), num_rows=1, tokens_per_frame=2
-    )
+    cache = KVCache(MODEL, SinkPolicy(CacheConfig(sink_frames=1, window_frames=2)), num_rows=1, tokens_per_frame=2)
     k = torch.randn(2, 2, 4)
     place = k.data_ptr()
     keys, values = cache.begin(0, (0,)).update(0, k, k)

@@ -21,9 +21,7 @@ from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import SinkPolicy
 from streamdiff_core.rope import rotate
 
-MODEL = ModelConfig(
-    dim=8, ffn_dim=8, num_heads=2, num_layers=1
-)  # heads of 4: 2 temporal RoPE columns, no spatial
+MODEL = ModelConfig(dim=8, ffn_dim=8, num_heads=2, num_layers=1)  # heads of 4: 2 temporal RoPE columns, no spatial
 MAPS = ["absolute", "packed", "slots", "ahead", "wrap"]
 
 
@@ -143,9 +141,7 @@ def test_ring_is_shift():
             del shifted[2]
         shifted.append((k, v))
         moved = torch.cat([slow_turn(k, i) for i, (k, _) in enumerate(shifted)])
-        expected = attend(
-            slow_turn(q, len(shifted) - 1)[None], moved[None], torch.cat([v for _, v in shifted])[None]
-        )
+        expected = attend(slow_turn(q, len(shifted) - 1)[None], moved[None], torch.cat([v for _, v in shifted])[None])
         assert_close(attend(turned[None], keys[None], values[None]), expected, rtol=0, atol=1e-12)
 
 
@@ -168,9 +164,7 @@ def read_long_stream(positions: str, sink: int, dtype: torch.dtype, num_frames: 
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize(
-    "positions, sink", [("packed", 3), ("slots", 3), ("ahead", 0), ("absolute", 0), ("packed", 0)]
-)
+@pytest.mark.parametrize("positions, sink", [("packed", 3), ("slots", 3), ("ahead", 0), ("absolute", 0), ("packed", 0)])
 def test_no_jump_in_two_thousand_frames(positions, sink):
     """Repeating content must give repeating output, at frame 1,023, at 1,024 and at 1,999 (the reference's
     table of positions ends at 1,024). float32, as in use: keys and queries round to 1e-7, angles come from

@@ -38,9 +38,7 @@ def picture():
 
 
 def start(pipe, steps=1, **cache):
-    return pipe.start(
-        "pencil", steps=steps, cache=CacheConfig(**{"sink_frames": 1, "window_frames": 3} | cache)
-    )
+    return pipe.start("pencil", steps=steps, cache=CacheConfig(**{"sink_frames": 1, "window_frames": 3} | cache))
 
 
 @pytest.mark.slow

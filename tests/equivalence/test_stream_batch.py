@@ -31,9 +31,9 @@ NUM_FRAMES = 55  # 5 + 12 * 4 + 2: 13 whole chunks and a padded one; the ring wr
 
 def twin(session):
     """The same stream under sequential sampling with one cache per step."""
-    steps, build = session.options.steps, session._new_schedule
-    session._new_schedule = lambda: Sequential(build().stepper, steps, cache_per_step=True)
-    session.schedule = session._new_schedule()
+    steps, build = session.options.steps, session._denoiser.new_schedule
+    session._denoiser.new_schedule = lambda: Sequential(build().stepper, steps, cache_per_step=True)
+    session._denoiser.schedule = session._denoiser.new_schedule()
     assert session.schedule.num_cache_rows == session.cache.num_rows
     return session
 
@@ -72,9 +72,7 @@ def test_same_chunks(pipe, frames, steps, latent_frames_per_chunk):
     for a, b in zip(batch, sequential, strict=True):
         assert_close(a, b, **TOLERANCE)
     assert len(out) == NUM_FRAMES
-    assert_close(
-        out.astype(int), twin_out.astype(int), atol=1, rtol=0
-    )  # 1e-9 may still cross a rounding edge
+    assert_close(out.astype(int), twin_out.astype(int), atol=1, rtol=0)  # 1e-9 may still cross a rounding edge
 
 
 def test_the_comparison_can_fail(pipe, frames):

@@ -11,17 +11,13 @@ from torch.testing import assert_close
 from streamdiff_core.config import VAEConfig
 from streamdiff_core.vae import TinyVAE
 
-EXACT = dict(
-    rtol=0, atol=1e-12
-)  # float64; convolutions over another number of frames may sum in another order
+EXACT = dict(rtol=0, atol=1e-12)  # float64; convolutions over another number of frames may sum in another order
 
 
 def random_vae(num_blocks: int = 2) -> TinyVAE:
     """Every weight random, the zero-initialised ones too: otherwise the blocks' memory would not matter."""
     torch.manual_seed(1)
-    vae = (
-        TinyVAE(VAEConfig(latent_channels=12, width=8, num_blocks=num_blocks)).double().requires_grad_(False)
-    )
+    vae = TinyVAE(VAEConfig(latent_channels=12, width=8, num_blocks=num_blocks)).double().requires_grad_(False)
     for parameter in vae.parameters():
         parameter.normal_(std=0.15)
     vae.basis.copy_(torch.linalg.qr(torch.randn(768, 12).double())[0].T)

@@ -19,9 +19,7 @@ def golden():
         pytest.skip(f"golden vectors not found in {GOLDEN}; set STREAMDIFF_GOLDEN")
     from safetensors.torch import load_file
 
-    return json.loads((GOLDEN / "e_scheduler.json").read_text()), load_file(
-        GOLDEN / "e_scheduler.safetensors"
-    )
+    return json.loads((GOLDEN / "e_scheduler.json").read_text()), load_file(GOLDEN / "e_scheduler.safetensors")
 
 
 def test_table_and_look_up(golden):
@@ -48,9 +46,7 @@ def test_bfloat16_is_rounded_once_at_the_end(golden):
     x0, noise, xt, velocity = (g[name].bfloat16() for name in ("x0", "noise", "xt", "flow"))
     # One bfloat16 step (2^-8 relative) where the reference multiplies in another order.
     assert_close(flow.add_noise(x0, noise, g["sigma_used"]), g["add_noise_bf16"], atol=1e-6, rtol=2**-7)
-    assert_close(
-        flow.x0_from_velocity(xt, velocity, g["sigma_used"]), g["x0_from_flow_bf16"], atol=1e-6, rtol=2**-7
-    )
+    assert_close(flow.x0_from_velocity(xt, velocity, g["sigma_used"]), g["x0_from_flow_bf16"], atol=1e-6, rtol=2**-7)
 
 
 def test_step_lists_of_every_configuration(golden):

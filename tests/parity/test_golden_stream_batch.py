@@ -53,9 +53,7 @@ def replay(request, golden_dir):
 
     table = sigma_table()
     schedule = StreamBatch(Stepper(recorded_noise, lambda t: nearest_table_sigma(t, table)), steps)
-    cache = KVCache(
-        model.config, SinkPolicy(CacheConfig(positions="absolute")), num_rows=steps, tokens_per_frame=15
-    )
+    cache = KVCache(model.config, SinkPolicy(CacheConfig(positions="absolute")), num_rows=steps, tokens_per_frame=15)
     prompt, engine, results, next_frame = model.encode_prompt(tensors["context"]), Engine(model), [], 0
     for idx, name in enumerate(names):
         noisy = tensors[f"{name}.noise"][0]

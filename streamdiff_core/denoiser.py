@@ -1,0 +1,148 @@
+"""The denoise stage of one stream: its schedule, its KV cache, and how a new prompt reaches them.
+
+Chunks of noisy latents go in, chunks of clean latents come out in order, some ticks later under a stream batch. The
+schedule says which forwards; the engine runs them; this object owns what lies between two of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from streamdiff_core.attention import PromptContext
+from streamdiff_core.config import Preset
+from streamdiff_core.engine import Engine
+from streamdiff_core.flow import nearest_table_sigma, sigma_from_timestep, sigma_table
+from streamdiff_core.kv_cache import KVCache
+from streamdiff_core.kv_policies import POLICIES
+from streamdiff_core.schedules import SCHEDULES
+from streamdiff_core.schedules.steps import NoiseSource, Stepper
+from streamdiff_core.stream_options import StreamOptions
+from streamdiff_core.types import Chunk, DenoisedChunk, DenoiseSchedule, Emit, Fork, ForwardOp, RowOp
+
+KEPT_ON_FLUSH = 2
+"""Window frames that survive a flush (SEEDS §3.5); one where the window is so short that two would be all."""
+
+
+class Denoiser:
+    """Schedule + cache + kept inputs of one stream."""
+
+    def __init__(self, engine: Engine, preset: Preset, options: StreamOptions, tokens_per_frame: int) -> None:
+        self.engine, self.options, self._settings = engine, options, preset.schedule
+        self._table = sigma_table(preset.schedule.shift) if preset.schedule.use_sigma_table else None
+        self.schedule = self.new_schedule()
+        model = engine.transformer
+        self.cache = KVCache(
+            model.config,
+            POLICIES[options.policy](options.cache),
+            num_rows=self.schedule.num_cache_rows,
+            tokens_per_frame=tokens_per_frame,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self._num_real: dict[int, int] = {}
+        self._inputs: list[dict[int, tuple[Tensor, float]]] = [
+            {} for _ in range(self.schedule.num_cache_rows)
+        ]
+        self._switch_at: dict[int, str] = {}
+
+    def new_schedule(self) -> DenoiseSchedule:
+        """The stream's schedule, empty."""
+        o = self.options
+        stepper = Stepper(NoiseSource(o.seed, self._settings.noise), self.sigma_of)
+        kwargs = {"clean_pass": o.clean_pass} if o.schedule == "sequential" else {}
+        return SCHEDULES[o.schedule](stepper, o.steps, **kwargs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache and of the inputs kept for re-caching."""
+        return self.cache.nbytes + sum(
+            x.numel() * x.element_size() for row in self._inputs for x, _ in row.values()
+        )
+
+    def sigma_of(self, timestep: float) -> float:
+        """Noise level the model works with at a timestep (the reference looks it up in a table, SPEC §4)."""
+        if self._table is None:
+            return sigma_from_timestep(timestep)
+        return nearest_table_sigma(timestep, self._table)
+
+    def advance(self, chunk: Chunk | None, switch: str | None = None) -> list[DenoisedChunk]:
+        """Enter one chunk (None: flush one tick), with a prompt switch if one begins with it."""
+        done: list[DenoisedChunk] = []
+        if chunk is not None:
+            if switch == "reset":
+                done = self._reset()
+            elif switch in ("flush", "recache"):
+                self._switch_at[chunk.chunk_idx] = switch
+            self._num_real[chunk.chunk_idx] = chunk.num_frames
+        return done + self._tick(chunk)
+
+    def _reset(self) -> list[DenoisedChunk]:
+        """Finish what is in flight, then forget everything."""
+        done: list[DenoisedChunk] = []
+        while self.schedule.num_in_flight:
+            done += self._tick(None)
+        self.schedule = self.new_schedule()
+        self.cache.clear()
+        self._inputs = [{} for _ in self._inputs]
+        return done
+
+    def _tick(self, chunk: Chunk | None) -> list[DenoisedChunk]:
+        """Carry out what the schedule asks for, once per chunk."""
+        events, reply, done = self.schedule.push(chunk), None, []
+        while True:
+            try:
+                event = events.send(reply)
+            except StopIteration:
+                return done
+            reply = None
+            if isinstance(event, ForwardOp):
+                reply = self._forward(event.rows)
+            elif isinstance(event, Fork):
+                self._fork(event)
+            elif isinstance(event, Emit):
+                num_frames = self._num_real.pop(event.chunk_idx)
+                self._switch_at.pop(event.chunk_idx, None)
+                done.append(DenoisedChunk(event.chunk_idx, event.latents, num_frames))
+
+    def _forward(self, rows: list[RowOp]) -> list[Tensor]:
+        for row in rows:
+            self._switch_row(row)
+        x0s = self.engine.forward([(self.cache, row) for row in rows])
+        for row in rows:
+            self._keep_inputs(row)
+        return x0s
+
+    def _keep_inputs(self, row: RowOp) -> None:
+        """Remember what was fed for every frame the cache row holds, for ``recache``."""
+        kept = self._inputs[row.cache_row]
+        times = row.timestep if isinstance(row.timestep, tuple) else (row.timestep,) * len(row.frame_ids)
+        kept.update({f: (row.xt[j], times[j]) for j, f in enumerate(row.frame_ids)})
+        held = set(self.cache.tables[row.cache_row].frames)
+        for frame in [f for f in kept if f not in held]:
+            del kept[frame]
+
+    def _fork(self, fork: Fork) -> None:
+        self.cache.fork(fork.src, fork.dst)
+        for row in fork.dst:
+            self._inputs[row] = dict(self._inputs[fork.src])
+
+    def _switch_row(self, row: RowOp) -> None:
+        """Switch a cache row when the first chunk of the new prompt reaches it, and only then."""
+        switch = self._switch_at.get(row.chunk_idx)
+        if switch is None or self.cache.tables[row.cache_row].slots_of(row.frame_ids[0]):
+            return
+        if switch == "flush":
+            kept = min(KEPT_ON_FLUSH, max(1, self.options.cache.window_frames - 2))
+            self.cache.keep_recent(kept, rows=(row.cache_row,))
+        elif self._inputs[row.cache_row]:
+            self.engine.forward([(self.cache, self.recache_row(row.cache_row, row.prompt))])
+
+    def recache_row(self, cache_row: int, prompt: PromptContext) -> RowOp:
+        """The joint forward that rewrites all frames a cache row holds under another prompt (SEEDS §3.3)."""
+        frames = sorted(self._inputs[cache_row])
+        inputs = [self._inputs[cache_row][f] for f in frames]
+        return RowOp(
+            xt=torch.stack([x for x, _ in inputs]), sigma=0.0, timestep=tuple(t for _, t in inputs),
+            frame_ids=tuple(frames), cache_row=cache_row, chunk_idx=-1, step=0, prompt=prompt, kind="recache",
+        )  # fmt: skip

@@ -1,0 +1,112 @@
+"""What a caller may choose for one stream, what a stream reports, and which choices cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamdiff_core.config import CacheConfig, Preset
+from streamdiff_core.kv_policies import POLICIES
+from streamdiff_core.schedules import SCHEDULES
+
+Prompt = str | Mapping[str, float]
+SWITCHES = ("keep", "recache", "flush", "reset")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamOptions:
+    """Everything a caller may choose for one stream."""
+
+    seed: int = 0
+    """Seed of all noise."""
+    steps: int = 2
+    """Denoising steps per chunk."""
+    noise_scale: float = 0.5
+    """Amount of noise put on the input, [0, 1]."""
+    motion_adaptive: bool = True
+    """Whether motion lowers the noise scale."""
+    schedule: str = "stream_batch"
+    """Name of the denoise schedule."""
+    clean_pass: bool = False
+    """Sequential only: rewrite the cache with clean latents after each chunk."""
+    policy: str = "sink"
+    """Name of the KV policy."""
+    cache: CacheConfig = CacheConfig()
+    """Sinks, window, positions."""
+    width: int = 256
+    """Output width, px."""
+    height: int = 256
+    """Output height, px."""
+    latent_frames_per_chunk: int = 1
+    """Latent frames denoised together after the first chunk's extra one."""
+    mode: str = "v2v"
+    """``v2v`` or ``t2v``."""
+    deadline_ms: float | None = None
+    """Latency above which a frame counts as a deadline miss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamStats:
+    """Snapshot of a stream's figures; NaN where nothing was measured yet."""
+
+    ttff_ms: float
+    """First frame in to first frame out."""
+    fps: float
+    """Pixel frames per second after warm-up."""
+    latency_p50_ms: float
+    """Median time from a frame's push to its output."""
+    latency_p95_ms: float
+    """95th percentile."""
+    latency_p99_ms: float
+    """99th percentile."""
+    jitter_ms: float
+    """RMS deviation of output intervals from even pacing."""
+    deadline_miss_rate: float
+    """Share of frames later than the deadline."""
+    stage_ms: dict[str, float]
+    """Mean milliseconds per call of each stage."""
+    num_frames_in: int
+    """Frames pushed."""
+    num_frames_out: int
+    """Frames returned."""
+    cache_slots: list[dict[str, Any]]
+    """Filled slots of the last cache row: slot, role, frame, position."""
+    nbytes: int
+    """Bytes of stream state."""
+    noise_scale: float
+    """Noise scale of the latest chunk."""
+    motion: float
+    """Motion score of the latest chunk."""
+
+
+def check_options(options: StreamOptions, preset: Preset) -> None:
+    """Refuse options that cannot work, in one sentence each."""
+    o, multiple = options, preset.vae.spatial_stride * preset.model.patch_size[1]
+    most = len(preset.schedule.timesteps) or 4
+    if not 1 <= o.steps <= most:
+        raise ValueError(f"steps must be between 1 and {most}, got {o.steps}")
+    if not 0 < o.noise_scale <= 1:
+        raise ValueError(f"noise_scale must lie in (0, 1], got {o.noise_scale}; 0.5 is a good start")
+    if o.width % multiple or o.height % multiple or min(o.width, o.height) < 64:
+        raise ValueError(
+            f"width and height must be multiples of {multiple} from 64 on, got {o.width}x{o.height}"
+        )
+    for what, value, known in (("schedule", o.schedule, SCHEDULES), ("policy", o.policy, POLICIES)):
+        if value not in known:
+            raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+    if o.mode not in ("v2v", "t2v"):
+        raise ValueError(f"mode must be 'v2v' or 't2v', got {o.mode!r}")
+    if o.mode == "t2v" and not preset.text_to_video:
+        raise ValueError(
+            f"preset {preset.name!r} is not trained for text-to-video; push frames with mode='v2v'"
+        )
+    most = min(o.cache.window_frames, o.cache.cache_frames - 1)
+    if not 1 <= o.latent_frames_per_chunk <= most:
+        raise ValueError(
+            f"latent_frames_per_chunk must be between 1 and {most}, got {o.latent_frames_per_chunk}: a chunk must fit "
+            f"the window of {o.cache.window_frames} latent frames, and the first one, which has one more, the cache "
+            f"of {o.cache.cache_frames}; raise window_frames"
+        )
+    if o.clean_pass and o.schedule != "sequential":
+        raise ValueError("clean_pass needs schedule='sequential'")
