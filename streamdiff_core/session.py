@@ -146,8 +146,8 @@ class StreamSession:
         Args:
             prompt: text, or {text: weight} to mix.
             on_switch: ``keep`` the cache; ``recache`` it (one joint forward per cache row over what it holds,
-                new prompt, SEEDS §3.3); ``flush`` all but the sinks and the last two frames, one if the window is 3 or shorter (SEEDS §3.5);
-                ``reset``: finish what is in flight, then go on with an empty cache.
+                new prompt, SEEDS §3.3); ``flush`` all but the sinks and the last two frames, one if the window
+                is 3 or shorter (SEEDS §3.5); ``reset``: finish what is in flight, then go on with an empty cache.
 
         Raises:
             ValueError: unknown ``on_switch``.

@@ -48,9 +48,7 @@ def denoise_in_turn(
     stepper: Stepper, chunk: Chunk, cache_rows: list[int]
 ) -> Generator[ForwardOp, list[Tensor], Tensor]:
     """All steps of one chunk, step j on cache row ``cache_rows[j]``; returns x0 [F, C, h, w]."""
-    row = stepper.first(chunk, cache_rows[0])
-    for step in range(len(cache_rows)):
-        if step:
-            row = stepper.next(chunk, step, x0, cache_rows[step])
-        (x0,) = yield ForwardOp([row])
+    (x0,) = yield ForwardOp([stepper.first(chunk, cache_rows[0])])
+    for step, cache_row in enumerate(cache_rows[1:], start=1):
+        (x0,) = yield ForwardOp([stepper.next(chunk, step, x0, cache_row)])
     return x0
