@@ -130,6 +130,28 @@ def random_frame_ids(rows: int, frames: int, generator: torch.Generator) -> Tens
     return ids
 
 
+def draw_starts(rows: int, frames: int, share: float, generator: torch.Generator) -> Tensor:
+    """Boolean [B, F]: which frames start from the source (first step) rather than from styled latents (later steps).
+
+    Half of the sequences change from styled to source after some frames: a first step whose cache was written by
+    last steps, as in sequential sampling and behind the forked first chunk of a stream batch.
+    """
+    from_source = (torch.rand(rows, 1, generator=generator) < share).repeat(1, frames)
+    if frames > 1:
+        mixed = torch.rand(rows, 1, generator=generator) < 0.5
+        begin = torch.randint(1, frames, (rows, 1), generator=generator)
+        from_source = torch.where(mixed, torch.arange(frames) >= begin, from_source)
+    return from_source
+
+
+def draw_sigma(from_source: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise level [B, F], one per row and kind with a little jitter: high for source frames, low for styled ones."""
+    rows, frames = from_source.shape
+    uniform = torch.rand(rows, 2, generator=generator)
+    sigma = torch.where(from_source, 0.3 + 0.65 * uniform[:, :1], 0.02 + 0.58 * uniform[:, 1:])
+    return (sigma + 0.03 * torch.randn(rows, frames, generator=generator)).clamp(0.02, 0.97)
+
+
 def select_prompts(context: PromptContext, group: Tensor) -> PromptContext:
     """One prompt per row from one per group."""
     return PromptContext(tuple(k[group] for k in context.keys), tuple(v[group] for v in context.values))
@@ -161,21 +183,18 @@ class Objective:
         tokens = self.model.config.tokens_per_frame(h, w)
         mask = block_causal_mask(f, tokens) if f > 1 else None
         ids = random_frame_ids(b, f, generator)
-        from_source = torch.rand(b, 1, generator=generator) < (0.4 if self_input else 0.6)
-        uniform = torch.rand(b, 1, generator=generator)
-        sigma = torch.where(from_source, 0.3 + 0.65 * uniform, 0.02 + 0.58 * uniform)
-        sigma = (sigma + 0.03 * torch.randn(b, f, generator=generator)).clamp(0.02, 0.97)
-        z = torch.where(from_source[:, :, None, None, None], source, target)
-        noise = draw_noise(target, generator)
-        if self_input:
+        from_source = draw_starts(b, f, 0.4 if self_input else 0.6, generator)
+        sigma = draw_sigma(from_source, generator)
+        styled, noise = target, draw_noise(target, generator)
+        if self_input:  # later steps see the model's own earlier prediction
             with torch.no_grad():
                 first = (0.4 + 0.5 * torch.rand(b, 1, generator=generator)).expand(b, f)
                 xt = torch.lerp(source, noise, first[:, :, None, None, None])
-                guess = self.predict(xt, first, prompts, ids, mask)
-                second = first * (0.25 + 0.5 * torch.rand(b, 1, generator=generator))
-            z = torch.where(from_source[:, :, None, None, None], source, guess)
+                styled = self.predict(xt, first, prompts, ids, mask)
+            second = first * (0.25 + 0.5 * torch.rand(b, 1, generator=generator))
             sigma = torch.where(from_source, sigma, second)
             noise = draw_noise(target, generator)
+        z = torch.where(from_source[:, :, None, None, None], source, styled)
         xt = torch.lerp(z, noise, sigma[:, :, None, None, None])
         x0 = self.predict(xt, sigma, prompts, ids, mask)
         error = (x0 - target).square().mean((3, 4))  # [B, F, C]
@@ -184,7 +203,7 @@ class Objective:
         if f > 1:  # errors should not change from one latent frame to the next
             change = (x0 - target).diff(dim=1).square().mean((3, 4))
             loss = loss + 0.5 * ((change * self.pixel_weight).sum(-1) * weight[:, 1:]).mean()
-        pixel_mse = (error.detach() * self.pixel_weight).sum(-1)[from_source.expand(b, f)].mean().item() / 4
+        pixel_mse = (error.detach() * self.pixel_weight).sum(-1)[from_source].mean().item() / 4
         return loss, -10 * math.log10(max(pixel_mse, 1e-9))
 
 
