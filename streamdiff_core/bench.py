@@ -1,0 +1,222 @@
+"""Measures a preset on this machine, for ``streamdiff bench``: frames per second, stages, counted FLOPs, MFU.
+
+FLOPs are counted on the real modules while one chunk of a warm stream goes through them (products and
+convolutions, attention included; not norms or other element-wise work). MFU = FLOP per second / peak of a
+matrix product measured in the same run, for the number type the transformer ran in. On CUDA stages are timed
+by events.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from streamdiff_core.bench_baseline import compare_with_eager, synchronize
+from streamdiff_core.bench_frames import FrameLoop, source_frames
+from streamdiff_core.config import get_preset
+from streamdiff_core.dit import CausalWanTransformer
+from streamdiff_core.machine import machine_facts, peak_memory_bytes, source_commit
+from streamdiff_core.pipeline import StreamPipeline, cast_vae, pick_device, pick_dtype
+from streamdiff_core.session import StreamSession
+from streamdiff_core.text import TinyTextEncoder
+from streamdiff_core.timing import measure_gemm_peak_flops
+from streamdiff_core.vae import TinyVAE
+
+PROMPT = "thick oil painting, cobalt and yellow brush dabs"
+STAGES = ("border", "encode", "denoise", "decode")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchOptions:
+    """What to measure."""
+
+    preset: str = "tiny"
+    """Name of the preset."""
+    steps: tuple[int, ...] = (2,)
+    """Denoising steps; one measurement each."""
+    schedule: str | None = None
+    """Denoise schedule; None: the preset's."""
+    size: tuple[int, int] | None = None
+    """(width, height); None: the preset's."""
+    num_chunks: int = 40
+    """Chunks of 4 frames timed per measurement, after warm-up."""
+    source: str | None = None
+    """Video to use in place of synthetic moving frames; it is decoded and resized beforehand."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``."""
+    dtype: str = "auto"
+    """``auto``, ``float32``, ``bfloat16``."""
+    weights: str | None = None
+    """Folder of weights in place of the bundled ones."""
+    random_weights: bool = False
+    """Untrained weights of the same shapes: the same speed, no picture."""
+    compare_eager: bool = True
+    """Also run the float32 eager yardstick."""
+
+
+def run_benchmark(options: BenchOptions, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """All figures as plain values (see ``bench_report.to_markdown`` for what each is).
+
+    Raises:
+        ValueError: an option out of range.
+        CheckpointError: weights missing.
+    """
+    if options.num_chunks < 2:
+        raise ValueError(f"chunks must be at least 2, got {options.num_chunks}")
+    progress("loading")
+    start_s = time.perf_counter()
+    pipe = load_pipeline(options)
+    synchronize(pipe.device)
+    load_s = time.perf_counter() - start_s
+    width, height = options.size or (pipe.preset.width, pipe.preset.height)
+    frames = source_frames(options.source, width, height)
+    progress("peak of matrix products")
+    peaks = gemm_peaks(pipe.device)
+    runs = []
+    for steps in options.steps:
+        progress(f"{steps} step{'s' if steps > 1 else ''}")
+        runs.append(measure_stream(pipe, frames, options, steps, width, height))
+    again = gemm_peaks(pipe.device)  # the machine may have been slower in one of the two moments
+    peaks = {name: max(peaks[name], again[name]) for name in peaks}
+    dtype = str(pipe.transformer.dtype).removeprefix("torch.")
+    for run in runs:
+        add_mfu(run, peaks, dtype if dtype in peaks else "float32")
+    on_cuda = pipe.device.type == "cuda"
+    return {
+        "machine": machine_facts(pipe.device),
+        "commit": source_commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "preset": options.preset,
+        "device": str(pipe.device),
+        "dtype": dtype,
+        "weights": "random" if options.random_weights else "of the caller" if options.weights else "bundled",
+        "source": options.source or "synthetic",
+        "width": width,
+        "height": height,
+        "load_s": load_s,
+        "gemm_peak_flops_per_s": peaks,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_cuda_memory_bytes": torch.cuda.max_memory_allocated(pipe.device) if on_cuda else None,
+        "runs": runs,
+    }
+
+
+def measure_stream(
+    pipe: StreamPipeline, frames: np.ndarray, options: BenchOptions, steps: int, width: int, height: int
+) -> dict[str, Any]:
+    """Speed, stages, FLOPs and the comparison with eager, for one number of steps."""
+    start_s = time.perf_counter()
+    session = pipe.start(PROMPT, steps=steps, schedule=options.schedule, width=width, height=height)
+    feed = FrameLoop(frames)
+    group = pipe.preset.vae.temporal_stride
+    session.push(feed.take(group + 1))
+    ttff_ms = 1e3 * (time.perf_counter() - start_s)
+    session.push(feed.take(group * (session.options.cache.cache_frames + steps + 1)))  # fill cache and pipeline
+    flops = count_chunk_flops(session, feed.take(group))
+    session.timer.reset()
+    synchronize(pipe.device)
+    start_s = time.perf_counter()
+    num_frames = sum(len(session.push(feed.take(group))) for _ in range(options.num_chunks))
+    synchronize(pipe.device)
+    seconds = time.perf_counter() - start_s
+    stages = session.timer.summary()
+    run = {
+        "steps": steps,
+        "schedule": session.options.schedule,
+        "num_frames": num_frames,
+        "seconds": seconds,
+        "fps": num_frames / seconds,
+        "real_time_factor": num_frames / seconds / pipe.preset.fps,
+        "ttff_ms": ttff_ms,
+        "chunk_ms": 1e3 * seconds / options.num_chunks,
+        "stage_ms_per_chunk": {
+            name: stages[name].mean_ms * stages[name].num_calls / options.num_chunks
+            for name in STAGES
+            if name in stages
+        },
+        "chunk_flops": flops,
+        "session_bytes": session.nbytes,
+    }
+    if options.compare_eager:
+        num_rows = steps if session.options.schedule == "stream_batch" else 1
+        stride = pipe.preset.vae.spatial_stride
+        comparison = compare_with_eager(
+            pipe.transformer, session.options.cache, pipe.text_encoder.encode([PROMPT]),
+            latent_size=(height // stride, width // stride), policy=session.options.policy, num_rows=num_rows,
+        )  # fmt: skip
+        run["eager_float32"] = asdict(comparison)
+    session.close()
+    return run
+
+
+def count_chunk_flops(session: StreamSession, frames: np.ndarray) -> dict[str, int]:
+    """FLOPs of one chunk through a warm stream, counted while it runs: encode, denoise (all steps), decode.
+
+    Two per multiply-add. CPU attention is added to PyTorch's table, which only knows the GPU kernels.
+    """
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    extra = {getattr(torch.ops.aten, name): _attention_flops} if hasattr(torch.ops.aten, name) else {}
+
+    def counted(run: Callable[..., Any], *args: Any) -> tuple[Any, int]:
+        with FlopCounterMode(display=False, custom_mapping=extra) as counter:
+            result = run(*args)
+        return result, counter.get_total_flops()
+
+    encoded, encode = counted(session.encode_chunk, frames)
+    done, denoise = counted(session.denoise_chunk, encoded)
+    decode = sum(counted(session.decode_chunk, d)[1] for d in done)
+    return {"encode": encode, "denoise": denoise, "decode": decode, "total": encode + denoise + decode}
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Shapes [B, n, L, d], [B, n, N, d], [B, n, N, d] -> two products of 2·L·N·d per head."""
+    b, heads, length, dim = query
+    return 2 * b * heads * length * key[2] * (dim + value[3])
+
+
+def add_mfu(run: dict[str, Any], peaks: dict[str, float], dtype: str) -> None:
+    """Share of the matrix-product peak, of the whole loop and of the transformer alone, for each peak."""
+    flops, ms = run["chunk_flops"], run["stage_ms_per_chunk"]
+    whole = flops["total"] / (run["chunk_ms"] / 1e3)
+    dit = flops["denoise"] / (ms["denoise"] / 1e3)
+    run["flops_per_s"], run["dit_flops_per_s"] = whole, dit
+    run["mfu"], run["dit_mfu"], run["mfu_dtype"] = whole / peaks[dtype], dit / peaks[dtype], dtype
+    run["mfu_by_peak"] = {name: whole / peak for name, peak in peaks.items()}
+    run["dit_mfu_by_peak"] = {name: dit / peak for name, peak in peaks.items()}
+
+
+def gemm_peaks(device: torch.device) -> dict[str, float]:
+    """FLOP/s of square matrix products in both number types, now."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return {name: measure_gemm_peak_flops(dtype, device) for name, dtype in dtypes.items()}
+
+
+def load_pipeline(options: BenchOptions) -> StreamPipeline:
+    """The preset, with its own, other or random weights."""
+    if options.random_weights:
+        return random_pipeline(options.preset, options.device, options.dtype)
+    return StreamPipeline.from_preset(
+        options.preset, device=options.device, dtype=options.dtype, weights=options.weights
+    )
+
+
+def random_pipeline(preset: str, device: str = "auto", dtype: str = "auto", seed: int = 0) -> StreamPipeline:
+    """Untrained modules in the preset's shapes and number types: real speed, meaningless pictures."""
+    config = get_preset(preset)
+    if config.text is None:
+        raise ValueError(f"preset {preset!r} has no text encoder of its own here; use 'tiny'")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        modules = CausalWanTransformer(config.model), TinyVAE(config.vae), TinyTextEncoder(config.text)
+    transformer, vae, text = modules
+    place = pick_device(device)
+    number = pick_dtype(dtype, place)
+    return StreamPipeline.from_modules(
+        config, transformer.to(place, number), cast_vae(vae, place, number), text.to(place)
+    )

@@ -1,0 +1,208 @@
+"""The command ``streamdiff``: ``run`` a video, ``bench`` and ``doctor`` this machine, list ``presets``.
+
+Only progress and printing are here (arguments: ``cli_args``); the work is in ``restyle``, ``bench`` and
+``doctor``, imported when needed so that ``--help`` is instant. Results go to stdout (``--json``: one object
+and nothing else), progress and errors to stderr. Exit code 0 done, 1 failed, 2 wrong use, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from streamdiff_core.cli_args import build_parser
+from streamdiff_core.config import PRESETS
+from streamdiff_core.types import CheckpointError, VideoReadError
+
+EXAMPLES = (
+    "soft watercolour washes on white paper",
+    "comic book panel, bold ink",
+    "glowing neon outlines on black",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    commands = {
+        "run": run_command,
+        "bench": bench_command,
+        "doctor": doctor_command,
+        "presets": presets_command,
+    }
+    try:
+        return commands[args.command](args)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as in `streamdiff presets | head -1`
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        expected = isinstance(error, (ValueError, OSError, CheckpointError, VideoReadError))
+        name = "" if expected else f"{type(error).__name__}: "
+        message = " ".join(str(error).split()) or type(error).__name__
+        hint = "" if expected else " (--debug shows where)"
+        print(f"streamdiff: {name}{message}{hint}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Restyle one video."""
+    if not (args.prompt or "").strip():
+        tries = "\n".join(f'  streamdiff run {args.input} --prompt "{text}"' for text in EXAMPLES)
+        print(f"streamdiff: say which style you want, for example\n{tries}", file=sys.stderr)
+        return 2
+    from streamdiff_core import restyle, video_io
+
+    info = video_io.probe(args.input)
+    output = Path(args.output) if args.output else restyle.default_output(args.input, args.prompt)
+    for target in filter(None, (str(args.output or output), args.strip)):
+        check_target(target, args.input, args.overwrite)
+    pipe = load(args)
+    total = restyle.expected_frames(info, args.fps, args.max_seconds)
+    cache = {"sink_frames": args.sinks, "window_frames": args.window}
+    cache = {name: value for name, value in cache.items() if value is not None}
+    with ProgressBar(total, enabled=sys.stderr.isatty()) as progress:
+        result = restyle.restyle_video(
+            pipe, args.input, args.prompt, args.output or output,
+            size=args.size, fps=args.fps, max_seconds=args.max_seconds, side_by_side_output=args.side_by_side,
+            strip=args.strip, prompts=args.prompt_at, on_switch=args.on_switch, progress=progress,
+            seed=args.seed, steps=args.steps, noise_scale=args.noise_scale,
+            motion_adaptive=not args.no_motion,
+            schedule=args.schedule or ("sequential" if args.clean_pass else None), policy=args.policy,
+            clean_pass=args.clean_pass, cache=pipe.with_cache(**cache) if cache else None,
+        )  # fmt: skip
+    if args.json:
+        print_json({**result.summary(), "preset": args.preset, "prompt": args.prompt, "options": result.options})
+    elif result.output and not result.interrupted:
+        size = f"{result.num_frames} frames of {result.width}×{result.height}"
+        speed = f"{result.fps:.1f} fps = {result.real_time_factor:.2f}× real time"
+        print(f"{result.output}: {size} in {result.seconds:.1f} s, {speed}")
+        if result.strip:
+            print(result.strip)
+    if result.interrupted:
+        kept = (
+            f"{result.num_frames} frames kept in {result.output}"
+            if result.output
+            else "no frame was ready, nothing kept"
+        )
+        print(f"stopped: {kept}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def bench_command(args: argparse.Namespace) -> int:
+    """Measure this machine."""
+    from streamdiff_core import bench, bench_report
+
+    set_threads(args.threads)
+    options = bench.BenchOptions(
+        preset=args.preset, steps=args.steps, schedule=args.schedule, size=args.size, num_chunks=args.chunks,
+        source=args.input, device=args.device, dtype=args.dtype, weights=args.weights,
+        random_weights=args.random_weights, compare_eager=not args.no_eager,
+    )  # fmt: skip
+    result = bench.run_benchmark(options, progress=lambda what: print(f"measuring: {what}", file=sys.stderr))
+    report = bench_report.save_report(result, args.report or None) if args.report is not None else None
+    if args.json:
+        print_json({**result, "report": str(report) if report else None})
+    else:
+        print("\n".join(bench_report.to_lines(result)), *([report] if report else []), sep="\n")
+    return 0
+
+
+def doctor_command(args: argparse.Namespace) -> int:
+    """Check this installation."""
+    from streamdiff_core import doctor
+
+    report = doctor.examine()
+    if args.json:
+        print_json(report)
+    else:
+        print("\n".join(doctor.to_lines(report)))
+    return 0 if report["ok"] else 1
+
+
+def presets_command(args: argparse.Namespace) -> int:
+    """List the presets."""
+    if args.json:
+        print_json({name: preset.summary for name, preset in PRESETS.items()})
+    else:
+        print("\n".join(f"{name:<10} {preset.summary}" for name, preset in PRESETS.items()))
+    return 0
+
+
+def load(args: argparse.Namespace) -> Any:
+    """The pipeline that the model options ask for."""
+    from streamdiff_core.pipeline import StreamPipeline
+
+    set_threads(args.threads)
+    return StreamPipeline.from_preset(args.preset, device=args.device, dtype=args.dtype, weights=args.weights)
+
+
+def set_threads(count: int | None) -> None:
+    """CPU threads of PyTorch, if the caller chose."""
+    if count:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def check_target(target: str, source: str, overwrite: bool) -> None:
+    """Refuse to write over the input, or over another file unasked."""
+    path = Path(target)
+    if path.is_file():
+        if Path(source).exists() and path.samefile(source):
+            raise ValueError(f"{path} is the input; name another output")
+        if not overwrite:
+            raise ValueError(f"{path} exists; add --overwrite to replace it")
+    elif not path.expanduser().parent.is_dir():
+        raise ValueError(f"the folder {path.parent} does not exist; create it or write elsewhere")
+
+
+class ProgressBar:
+    """Frames written so far with fps, time to first frame and p95 latency; silent when not on a terminal."""
+
+    def __init__(self, total: int | None, enabled: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, unit=" frames", disable=not enabled, file=sys.stderr, dynamic_ncols=True)
+        self._shown_s = -math.inf
+
+    def __call__(self, num_frames: int, session: Any) -> None:
+        self._bar.update(num_frames)
+        if not self._bar.disable and time.monotonic() - self._shown_s > 0.5:
+            self._shown_s, stats = time.monotonic(), session.stats
+            figures = (
+                ("fps", stats.fps, ""),
+                ("TTFF", stats.ttff_ms, " ms"),
+                ("p95", stats.latency_p95_ms, " ms"),
+            )
+            self._bar.set_postfix_str("  ".join(f"{n} {v:.0f}{u}" for n, v, u in figures if not math.isnan(v)))
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def print_json(value: Any) -> None:
+    """One JSON object; what could not be measured (NaN) is null."""
+    print(json.dumps(_without_nan(value), indent=2, ensure_ascii=False))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,132 @@
+"""Arguments of the command ``streamdiff``: every option, its type and its help text; nothing is run here."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from streamdiff_core import __version__
+
+SCHEDULES, POLICIES, SWITCHES = (
+    ("stream_batch", "sequential"),
+    ("sink",),
+    ("keep", "recache", "flush", "reset"),
+)
+DTYPES = ("auto", "float32", "bfloat16", "float64")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    parser = argparse.ArgumentParser(prog="streamdiff", description="Live video-to-video diffusion.")
+    parser.add_argument("--version", action="version", version=f"streamdiff {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--preset", default="tiny", help="see `streamdiff presets` (default %(default)s)")
+    model.add_argument("--schedule", choices=SCHEDULES, help="order of the denoising steps (default: the preset's)")
+    model.add_argument(
+        "--size",
+        type=parse_size,
+        metavar="WxH",
+        help="size (default: run keeps the input's shape, bench takes the preset's)",
+    )
+    model.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    model.add_argument("--dtype", default="auto", choices=DTYPES, help="number type of the model (default auto)")
+    model.add_argument("--weights", metavar="FOLDER", help="transformer, vae and text_encoder .safetensors to use")
+    model.add_argument("--threads", type=positive(int), help="CPU threads (default: PyTorch's choice)")
+    _add_run(commands.add_parser("run", parents=[common, model], help="restyle a video", epilog=RUN_NOTES))
+    _add_bench(commands.add_parser("bench", parents=[common, model], help="measure speed, FLOPs and MFU here"))
+    doctor = commands.add_parser("doctor", parents=[common], help="check this installation and machine")
+    doctor.set_defaults(command="doctor")
+    presets = commands.add_parser("presets", parents=[common], help="list the presets")
+    presets.set_defaults(command="presets")
+    return parser
+
+
+RUN_NOTES = (
+    "Frame rate and number of frames stay as they are, and so does the shape of the picture unless --size "
+    "says otherwise. Ctrl-C ends early and leaves a playable file."
+)
+
+
+def _add_run(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(command="run")
+    p.add_argument("input", metavar="INPUT", help="video, folder of images, image, or the word sample")
+    p.add_argument("-p", "--prompt", help="the style in your own words")
+    p.add_argument("--prompt-at", type=parse_prompt_at, action="append", default=[], metavar="SECONDS=PROMPT",
+                   help="change the prompt at this time of the clip; may be repeated")  # fmt: skip
+    p.add_argument("--on-switch", default="keep", choices=SWITCHES, help="the cache at such a change (default keep)")
+    p.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help=".mp4 .mov .mkv .webm .gif or folder/ (default: named after both)",
+    )
+    p.add_argument("-y", "--overwrite", action="store_true", help="replace an existing output")
+    p.add_argument("--steps", type=int, help="denoising steps: more is closer to the style, and slower")
+    p.add_argument("--noise-scale", type=float, help="freedom from the input, above 0 up to 1")
+    p.add_argument("--no-motion", action="store_true", help="same noise in fast scenes as in still ones")
+    p.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
+    p.add_argument("--policy", default="sink", choices=POLICIES, help="what the cache keeps (default sink)")
+    p.add_argument("--sinks", type=int, help="first latent frames kept for good (1 latent frame = 4 frames)")
+    p.add_argument("--window", type=int, help="latest latent frames kept")
+    p.add_argument("--clean-pass", action="store_true", help="rewrite the cache with clean frames (sequential only)")
+    p.add_argument("--side-by-side", action="store_true", help="write the input beside the result")
+    p.add_argument("--strip", metavar="PNG", help="also draw six moments before and after")
+    p.add_argument("--max-seconds", type=positive(float), help="stop after this much of the input")
+    p.add_argument("--fps", type=positive(float), help="resample the input to this frame rate")
+
+
+def _add_bench(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(command="bench")
+    p.add_argument("--steps", type=parse_counts, default=(2,), metavar="N[,N…]", help="denoising steps (default 2)")
+    p.add_argument("--chunks", type=positive(int), default=40, help="chunks of 4 frames to time (default 40)")
+    p.add_argument("--input", help="video to use in place of synthetic moving frames")
+    p.add_argument("--random-weights", action="store_true", help="untrained weights: same speed, no files needed")
+    p.add_argument("--no-eager", action="store_true", help="leave out the comparison with float32 eager")
+    p.add_argument("--report", nargs="?", const="", metavar="PATH",
+                   help="write Markdown (default benchmarks/results/PRESET_HARDWARE_YYYYMM.md)")  # fmt: skip
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``WxH`` -> (width, height)."""
+    width, _, height = text.lower().replace("×", "x").partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write for example 384x256 (width x height)")
+    return int(width), int(height)
+
+
+def parse_prompt_at(text: str) -> tuple[float, str]:
+    """``SECONDS=PROMPT`` -> (seconds, prompt)."""
+    seconds, _, prompt = text.partition("=")
+    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", seconds.strip()) or not prompt.strip():
+        raise argparse.ArgumentTypeError(f'{text!r}: write for example 2.5="pencil sketch"')
+    return float(seconds), prompt.strip()
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """``1,2,4`` -> (1, 2, 4)."""
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: write one number or several, as in 1,2,4")
+    return tuple(int(part) for part in parts)
+
+
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argument type that accepts only finite numbers above 0."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+        return value
+
+    return parse
