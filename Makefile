@@ -25,15 +25,16 @@ check: .venv/.installed-dev
 
 demo: .venv/.installed-base
 	@mkdir -p $(OUTPUTS)
-	@$(MAKE) --no-print-directory STYLE=watercolour PROMPT="soft watercolour on rough paper" .restyle
-	@$(MAKE) --no-print-directory STYLE=pencil PROMPT="graphite pencil sketch on warm paper" .restyle
+	@$(MAKE) --no-print-directory STYLE=comic PROMPT="comic book panel, flat colours and bold ink" .restyle
+	@$(MAKE) --no-print-directory STYLE=oil PROMPT="thick oil painting, cobalt and yellow brush dabs" .restyle
 	@$(MAKE) --no-print-directory STYLE=neon PROMPT="glowing neon outlines on black" .restyle
-	@echo "Open the videos (before | after) and the before/after strips:"
-	@ls $(OUTPUTS)/watercolour.* $(OUTPUTS)/pencil.* $(OUTPUTS)/neon.*
+	@echo "Videos (before | after) and before/after strips to open:"
+	@ls $(foreach style,comic oil neon,$(OUTPUTS)/$(style).mp4 $(OUTPUTS)/$(style).png)
 
 .PHONY: .restyle
 .restyle:
-	$(BIN)/streamdiff run sample --prompt "$(PROMPT)" --side-by-side \
+	@echo "$(PROMPT)"
+	@$(BIN)/streamdiff run sample --prompt "$(PROMPT)" --side-by-side --overwrite \
 		-o $(OUTPUTS)/$(STYLE).mp4 --strip $(OUTPUTS)/$(STYLE).png
 
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
@@ -46,7 +47,7 @@ notebooks: .venv/.installed-notebooks
 endif
 
 bench: .venv/.installed-base
-	$(BIN)/streamdiff bench
+	$(BIN)/streamdiff bench --report
 
 clean:
 	rm -rf .venv $(OUTPUTS)

@@ -1,0 +1,149 @@
+"""The benchmark's own correctness: FLOPs against a hand formula, the eager yardstick against the real model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_pipeline import small_pipeline
+
+from streamdiff_core import bench, bench_report
+from streamdiff_core.bench_baseline import EagerTransformer, compare_with_eager
+from streamdiff_core.bench_frames import FrameLoop, moving_frames
+from streamdiff_core.config import CacheConfig
+from streamdiff_core.kv_cache import KVCache
+from streamdiff_core.kv_policies import POLICIES
+from streamdiff_core.pipeline import StreamPipeline
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StreamPipeline:
+    return small_pipeline()
+
+
+def dit_flops(pipe: StreamPipeline, num_frames_seen: int) -> int:
+    """One latent frame through the transformer, two per multiply-add, written out by hand.
+
+    Per layer and token: q, k, v, o of self-attention and q, o of cross-attention (6 D²), two products of the
+    feed-forward, and scores and weighted sum over the visible tokens and over the prompt's (2 D for each of them).
+    Per chunk: the time embedding, patches in, and patches out twice (x0 and its gate).
+    """
+    c = pipe.preset.model
+    p = (64 // 8 // 2) ** 2  # tokens of a latent frame
+    d, patch = c.dim, math.prod(c.patch_size)
+    per_token = 6 * d * d + 2 * d * c.ffn_dim + 2 * d * num_frames_seen * p + 2 * d * c.text_len
+    patches = p * d * patch * (c.in_channels + 2 * c.out_channels)
+    time = c.freq_dim * d + d * d + 6 * d * d
+    return 2 * (c.num_layers * p * per_token + patches + time)
+
+
+@pytest.mark.parametrize("schedule", ["stream_batch", "sequential"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_counted_flops_equal_the_formula(pipe: StreamPipeline, schedule: str, steps: int) -> None:
+    """Fails when attention is not counted, which PyTorch's own table leaves out on the CPU."""
+    session = pipe.start("pencil", steps=steps, schedule=schedule)
+    feed = FrameLoop(moving_frames(16, 64, 64))
+    session.push(feed.take(5 + 4 * 8))
+    flops = bench.count_chunk_flops(session, feed.take(4))
+    vae, cells, patch = pipe.preset.vae, 8 * 8, 3 * 4 * 8 * 8
+    linear = 2 * cells * patch * vae.latent_channels
+    block = 2 * cells * vae.width**2 * (9 + 1 + 9)
+    decoder = 2 * cells * vae.width * (vae.latent_channels + patch) + block + linear
+    assert flops["denoise"] == steps * dit_flops(pipe, num_frames_seen=4)
+    assert flops["encode"] == linear
+    assert flops["decode"] == decoder
+    assert flops["total"] == flops["encode"] + flops["denoise"] + flops["decode"]
+
+
+@pytest.mark.parametrize("positions", ["absolute", "packed"])
+def test_eager_yardstick_computes_the_same(pipe: StreamPipeline, positions: str) -> None:
+    """A yardstick that did other work would measure nothing."""
+    cache = CacheConfig(sink_frames=1, window_frames=3, positions=positions)
+    model = pipe.transformer
+    eager = EagerTransformer(model, cache, "sink", 2, 16)
+    kv = KVCache(model.config, POLICIES["sink"](cache), num_rows=2, tokens_per_frame=16)
+    tokens = pipe.text_encoder.encode(["pencil"])
+    prompt = model.encode_prompt(tokens)
+    told = torch.tensor([[500.0], [250.0]])
+    for frame in range(7):
+        xt = torch.randn(2, 1, 8, 8, 8)
+        views = [kv.begin(row, (frame,)) for row in range(2)]
+        with torch.inference_mode():
+            ours = model(xt, told, prompt, views)
+        theirs = eager.forward(xt, told, tokens, [(frame,)] * 2)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_comparison_gives_figures(pipe: StreamPipeline) -> None:
+    tokens = pipe.text_encoder.encode(["pencil"])
+    result = compare_with_eager(pipe.transformer, pipe.preset.cache, tokens, latent_size=(8, 8), num_pairs=3)
+    assert result.ours_ms > 0 and result.eager_ms > 0 and 0.05 < result.speedup < 50 and result.num_pairs == 3
+
+
+def test_frame_loop_never_jumps() -> None:
+    frames = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((4, 1, 1, 3), np.uint8)
+    loop = FrameLoop(frames)
+    taken = np.concatenate([loop.take(5), loop.take(5)])[:, 0, 0, 0].astype(int)
+    assert taken.tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3]
+
+
+def test_moving_frames_move() -> None:
+    frames = moving_frames(8, 64, 64).astype(int)
+    assert frames.shape == (8, 64, 64, 3)
+    assert np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2, 3)).min() > 5
+
+
+@pytest.fixture(scope="module")
+def result() -> dict:
+    """One whole benchmark on the small pipeline, with a known peak."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(bench, "load_pipeline", lambda options: small_pipeline())
+    patch.setattr(bench, "measure_gemm_peak_flops", lambda dtype, device: 1e12 if dtype == torch.float32 else 4e12)
+    try:
+        return bench.run_benchmark(bench.BenchOptions(steps=(1, 2), num_chunks=3))
+    finally:
+        patch.undo()
+
+
+def test_figures_agree_with_each_other(result: dict) -> None:
+    assert [run["steps"] for run in result["runs"]] == [1, 2]
+    for run in result["runs"]:
+        assert run["num_frames"] == 12
+        assert run["fps"] == pytest.approx(12 / run["seconds"])
+        assert run["real_time_factor"] == pytest.approx(run["fps"] / 16)
+        assert run["mfu"] == pytest.approx(run["chunk_flops"]["total"] * 3 / run["seconds"] / 1e12)
+        assert run["mfu_by_peak"]["bfloat16"] == pytest.approx(run["mfu"] / 4)
+        assert run["mfu_dtype"] == "float32"
+        assert sum(run["stage_ms_per_chunk"].values()) <= 1.01 * run["chunk_ms"]
+    assert result["peak_memory_bytes"] > 1e7 and result["load_s"] >= 0
+
+
+def test_report_is_named_by_hardware_and_date(result: dict, tmp_path: Path) -> None:
+    fixed = {**result, "date": "2031-02-03", "machine": {**result["machine"], "hardware": "ACME (R) CPU, 2 cores"}}
+    path = bench_report.save_report(fixed, tmp_path / "results")
+    assert path == tmp_path / "results" / "tiny_acme-r-cpu-2-cores_203102.md"
+    text = path.read_text(encoding="utf-8")
+    assert "ACME (R) CPU" in text and "| frames per second |" in text and "1 step, stream_batch" in text
+    named = bench_report.save_report(fixed, tmp_path / "mine.md")
+    assert named.read_text(encoding="utf-8") == text
+    assert any("MFU" in line for line in bench_report.to_lines(fixed))
+
+
+def test_random_pipeline_is_the_preset_and_repeats() -> None:
+    state = torch.get_rng_state()
+    first, second = (bench.random_pipeline("tiny", "cpu", "float32") for _ in range(2))
+    torch.testing.assert_close(torch.get_rng_state(), state)
+    assert first.preset.name == "tiny"
+    for a, b in zip(first.transformer.parameters(), second.transformer.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="tiny"):
+        bench.random_pipeline("wan-1.3b")
+
+
+def test_bad_number_of_chunks() -> None:
+    with pytest.raises(ValueError, match="chunks must be at least 2"):
+        bench.run_benchmark(replace(bench.BenchOptions(), num_chunks=1))
