@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 
+from streamdiff_core import __version__
 from streamdiff_core.pipeline import cpu_has_bf16
 
 
@@ -29,7 +30,7 @@ def machine_facts(device: torch.device | str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pyav": package_version("av"),
-        "streamdiff": package_version("streamdiff"),
+        "streamdiff": __version__,
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cpu_cores": cores,

@@ -85,7 +85,7 @@ class StripCollector:
         draw.text((MARGIN_PX, middle), caption, fill=INK, font=font, anchor="lm")
         if draw.textlength(caption, font=font) + note_width + 3 * MARGIN_PX <= total:
             draw.text((total - MARGIN_PX, middle), note, fill=FAINT, font=small, anchor="rm")
-        picture.save(path)
+        picture.save(path, optimize=True)
         return Path(path)
 
 
