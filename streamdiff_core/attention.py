@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from streamdiff_core.cpu_kernels import scaled_dot_product
 from streamdiff_core.kv_cache import CacheView
 from streamdiff_core.rope import rotate
 
@@ -60,7 +61,7 @@ class Rotations:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention, scale 1/sqrt(d): q [B, L, n, d], k and v [B, N, n, d] -> [B, L, n * d]."""
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+    out = scaled_dot_product(*(x.transpose(1, 2) for x in (q, k, v)), mask=mask)
     return out.transpose(1, 2).flatten(2)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from streamdiff_core.attention import CrossAttention, PromptContext, Rotations, SelfAttention
 from streamdiff_core.config import ModelConfig
+from streamdiff_core.cpu_kernels import linear_gelu
 from streamdiff_core.kv_cache import CacheView
 from streamdiff_core.rope import spatial_rotation, temporal_rotation
 
@@ -68,8 +69,8 @@ class Block(nn.Module):
         y = self.self_attn(y.flatten(1, 2), layer, rotations, views, mask).view_as(x)
         x = torch.addcmul(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x).flatten(1, 2), *prompt).view_as(x)
-        y = self.ffn(modulate(F.layer_norm(x, x.shape[-1:], eps=self.eps), shift2, scale2))
-        return torch.addcmul(x, y, gate2)
+        y = modulate(F.layer_norm(x, x.shape[-1:], eps=self.eps), shift2, scale2)
+        return torch.addcmul(x, self.ffn[2](linear_gelu(y, self.ffn[0])), gate2)
 
 
 class Head(nn.Module):

@@ -24,9 +24,9 @@ from streamdiff_core.types import CheckpointError, VideoReadError
 from streamdiff_core.vae import TinyVAE
 from streamdiff_core.weights import save_checkpoint
 
-STAGES = ("text", "prepare", "decoder", "dit", "export", "evaluate")
+STAGES = ("text", "prepare", "decoder", "dit", "refine", "export", "evaluate")
 PRESET = "tiny"
-NEEDED_CLIPS = {stage: ("clips", "val") for stage in ("prepare", "decoder", "all")} | {"evaluate": ("val",)}
+NEEDED_CLIPS = {stage: ("clips", "val") for stage in ("prepare", "decoder", "refine", "all")} | {"evaluate": ("val",)}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder for the exported weights (default: WORK/export)")
     parser.add_argument("--minutes", type=float, default=95, help="budget of the transformer")
     parser.add_argument("--decoder-minutes", type=float, default=45, help="budget of the VAE decoder")
+    parser.add_argument("--refine-minutes", type=float, default=25, help="budget of the decoder's refinement")
     parser.add_argument("--variants", type=int, default=3, help="versions of each clip, the first unchanged")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -123,18 +124,30 @@ def run_dit(args: argparse.Namespace) -> None:
     )
 
 
+def run_refine(args: argparse.Namespace) -> None:
+    """Fine-tune the decoder on the transformer's latents."""
+    from streamdiff_core.training.refine_stage import Restyler, train_refinement
+
+    vae = TinyVAE(get_preset(PRESET).vae)
+    vae.load_state_dict(_checkpoint(args.work / "decoder")["average"]["shadow"])
+    transformer = CausalWanTransformer(get_preset(PRESET).model)
+    transformer.load_state_dict(_checkpoint(args.work / "dit")["average"]["shadow"])
+    restyler = Restyler(transformer, _text_encoder(args), args.seed)
+    train_refinement(args.work / "refine", vae, restyler, args.clips, args.val, minutes=args.refine_minutes)
+
+
 def run_export(args: argparse.Namespace) -> None:
     """Averaged weights -> safetensors: transformer in bfloat16, the small rest in float32."""
     dit = _checkpoint(args.work / "dit")
     transformer = CausalWanTransformer(get_preset(PRESET).model)
     transformer.load_state_dict(dit["average"]["shadow"])
     vae = TinyVAE(get_preset(PRESET).vae)
-    vae.load_state_dict(_checkpoint(args.work / "decoder")["average"]["shadow"])
+    vae.load_state_dict(_checkpoint(args.work / "refine")["average"]["shadow"])
     details = {"steps": str(dit["step"]), "minutes": f"{dit['seconds'] / 60:.0f}"}
     save_checkpoint(transformer, args.out / "transformer.safetensors", dtype=torch.bfloat16, metadata=details)
     save_checkpoint(vae, args.out / "vae.safetensors", metadata={})
     save_checkpoint(_text_encoder(args), args.out / "text_encoder.safetensors", metadata={})
-    for run in ("dit", "decoder", "text"):
+    for run in ("dit", "decoder", "refine", "text"):
         shutil.copy(args.work / run / "metrics.csv", args.out / f"{run}_metrics.csv")
 
 

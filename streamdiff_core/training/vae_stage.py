@@ -35,9 +35,13 @@ class PixelBatches:
         self.clips, self.seed = [frames for _, frames in iter_clips(clips)], seed
 
     def draw(self, step: int, num_clips: int = 2) -> Tensor:
-        """Crops of one step; the same step always gives the same ones."""
+        """Styled crops of one step; the same step always gives the same ones."""
+        return self.draw_pairs(step, num_clips)[1]
+
+    def draw_pairs(self, step: int, num_clips: int = 2) -> tuple[Tensor, Tensor, list[str]]:
+        """Source crops, the same crops styled, and the style of each."""
         rng = np.random.default_rng([self.seed, step])
-        crops = []
+        sources, styled, styles = [], [], []
         for _ in range(num_clips):
             frames = self.clips[rng.integers(len(self.clips))]
             at = rng.integers(0, len(frames) - NUM_FRAMES + 1)
@@ -45,11 +49,14 @@ class PixelBatches:
             if rng.random() < 0.5:
                 frames = _repeat_to(augment(frames, rng), NUM_FRAMES)
             style = "photo" if rng.random() < 0.2 else STYLE_NAMES[rng.integers(len(STYLE_NAMES))]
-            video = frames_to_tensor(apply_style(style, frames))
+            before, after = frames_to_tensor(frames), frames_to_tensor(apply_style(style, frames))
             for _ in range(CROPS_PER_CLIP):
-                y, x = 8 * rng.integers(0, (np.array(video.shape[-2:]) - CROP_PX) // 8 + 1)
-                crops.append(video[..., y : y + CROP_PX, x : x + CROP_PX])
-        return torch.cat(crops)
+                y, x = 16 * rng.integers(0, (np.array(before.shape[-2:]) - CROP_PX) // 16 + 1)
+                cut = (..., slice(y, y + CROP_PX), slice(x, x + CROP_PX))
+                sources.append(before[cut])
+                styled.append(after[cut])
+                styles.append(style)
+        return torch.cat(sources), torch.cat(styled), styles
 
 
 def _repeat_to(frames: np.ndarray, count: int) -> np.ndarray:

@@ -1,0 +1,53 @@
+"""Two faster ways to compute the same thing on a CPU in bfloat16, chosen by measurement.
+
+PyTorch's fused attention reaches a third of the matrix peak there, because its softmax works in float32; two batched
+products and a bfloat16 softmax reach more than half (measured in ``docs/LOG.md``). The tanh-GELU of a feed-forward
+layer costs as much as its product; oneDNN computes both in one pass. Everything else, and every other device and
+number type, takes PyTorch's own functions.
+
+Shapes: B rows, L queries, N keys, n heads, d head dim, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_SCORES = 1 << 25
+"""Largest score matrix (numbers) that is written out; beyond it fused attention saves memory."""
+
+
+def is_fast_case(*tensors: Tensor) -> bool:
+    """CPU, bfloat16, nothing to differentiate."""
+    return all(t.device.type == "cpu" and t.dtype == torch.bfloat16 for t in tensors) and not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    )
+
+
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention, scale 1/sqrt(d): q [B, n, L, d], k and v [B, n, N, d] -> [B, n, L, d]."""
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if mask is not None or scores > MAX_SCORES or not is_fast_case(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return torch.matmul(torch.softmax(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)), dim=-1), v)
+
+
+def linear_gelu(x: Tensor, linear: nn.Linear) -> Tensor:
+    """tanh-GELU of a linear layer, [..., D] -> [..., D']."""
+    if _HAS_FUSED_GELU and is_fast_case(x, linear.weight):
+        return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
+    return F.gelu(linear(x), approximate="tanh")
+
+
+def _has_fused_gelu() -> bool:
+    """Whether this build of PyTorch has oneDNN's linear + GELU and it runs."""
+    try:
+        one = torch.ones(1, 1, dtype=torch.bfloat16)
+        torch.ops.mkldnn._linear_pointwise(one, one, one[0], "gelu", [], "tanh")
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+_HAS_FUSED_GELU = _has_fused_gelu()
