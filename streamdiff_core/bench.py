@@ -8,6 +8,7 @@ by events.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -158,10 +159,10 @@ def measure_stream(
 def count_chunk_flops(session: StreamSession, frames: np.ndarray) -> dict[str, int]:
     """FLOPs of one chunk through a warm stream, counted while it runs: encode, denoise (all steps), decode.
 
-    Two per multiply-add. CPU attention is added to PyTorch's table, which only knows the GPU kernels.
+    Two per multiply-add. The CPU's own kernels (``UNCOUNTED``) are added to PyTorch's table, which lacks them.
     """
-    name = "_scaled_dot_product_flash_attention_for_cpu"
-    extra = {getattr(torch.ops.aten, name): _attention_flops} if hasattr(torch.ops.aten, name) else {}
+    found = {getattr(getattr(torch.ops, group), name, None): flops for (group, name), flops in UNCOUNTED.items()}
+    extra = {kernel: flops for kernel, flops in found.items() if kernel is not None}
 
     def counted(run: Callable[..., Any], *args: Any) -> tuple[Any, int]:
         with FlopCounterMode(display=False, custom_mapping=extra) as counter:
@@ -178,6 +179,17 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     """Shapes [B, n, L, d], [B, n, N, d], [B, n, N, d] -> two products of 2·L·N·d per head."""
     b, heads, length, dim = query
     return 2 * b * heads * length * key[2] * (dim + value[3])
+
+
+def _linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Shapes [..., D], [D', D] -> 2·D·D' per row."""
+    return 2 * math.prod(x) * weight[0]
+
+
+UNCOUNTED = {
+    ("aten", "_scaled_dot_product_flash_attention_for_cpu"): _attention_flops,
+    ("mkldnn", "_linear_pointwise"): _linear_flops,
+}
 
 
 def add_mfu(run: dict[str, Any], peaks: dict[str, float], dtype: str) -> None:

@@ -59,6 +59,19 @@ def test_counted_flops_equal_the_formula(pipe: StreamPipeline, schedule: str, st
     assert flops["total"] == flops["encode"] + flops["denoise"] + flops["decode"]
 
 
+def test_no_kernel_of_bfloat16_escapes_the_count() -> None:
+    """Fused CPU kernels run in bfloat16 only; what they compute is the same."""
+    counts = []
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = small_pipeline()
+        pipe.transformer.to(dtype)
+        session = pipe.start("pencil", steps=2)
+        feed = FrameLoop(moving_frames(16, 64, 64))
+        session.push(feed.take(5 + 4 * 8))
+        counts.append(bench.count_chunk_flops(session, feed.take(4)))
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("positions", ["absolute", "packed"])
 def test_eager_yardstick_computes_the_same(pipe: StreamPipeline, positions: str) -> None:
     """A yardstick that did other work would measure nothing."""
