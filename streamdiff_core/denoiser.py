@@ -41,9 +41,7 @@ class Denoiser:
             device=model.device,
         )
         self._num_real: dict[int, int] = {}
-        self._inputs: list[dict[int, tuple[Tensor, float]]] = [
-            {} for _ in range(self.schedule.num_cache_rows)
-        ]
+        self._inputs: list[dict[int, tuple[Tensor, float]]] = [{} for _ in range(self.schedule.num_cache_rows)]
         self._switch_at: dict[int, str] = {}
 
     def new_schedule(self) -> DenoiseSchedule:
@@ -56,9 +54,7 @@ class Denoiser:
     @property
     def nbytes(self) -> int:
         """Bytes of the cache and of the inputs kept for re-caching."""
-        return self.cache.nbytes + sum(
-            x.numel() * x.element_size() for row in self._inputs for x, _ in row.values()
-        )
+        return self.cache.nbytes + sum(x.numel() * x.element_size() for row in self._inputs for x, _ in row.values())
 
     def sigma_of(self, timestep: float) -> float:
         """Noise level the model works with at a timestep (the reference looks it up in a table, SPEC §4)."""

@@ -89,18 +89,14 @@ def check_options(options: StreamOptions, preset: Preset) -> None:
     if not 0 < o.noise_scale <= 1:
         raise ValueError(f"noise_scale must lie in (0, 1], got {o.noise_scale}; 0.5 is a good start")
     if o.width % multiple or o.height % multiple or min(o.width, o.height) < 64:
-        raise ValueError(
-            f"width and height must be multiples of {multiple} from 64 on, got {o.width}x{o.height}"
-        )
+        raise ValueError(f"width and height must be multiples of {multiple} from 64 on, got {o.width}x{o.height}")
     for what, value, known in (("schedule", o.schedule, SCHEDULES), ("policy", o.policy, POLICIES)):
         if value not in known:
             raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
     if o.mode not in ("v2v", "t2v"):
         raise ValueError(f"mode must be 'v2v' or 't2v', got {o.mode!r}")
     if o.mode == "t2v" and not preset.text_to_video:
-        raise ValueError(
-            f"preset {preset.name!r} is not trained for text-to-video; push frames with mode='v2v'"
-        )
+        raise ValueError(f"preset {preset.name!r} is not trained for text-to-video; push frames with mode='v2v'")
     most = min(o.cache.window_frames, o.cache.cache_frames - 1)
     if not 1 <= o.latent_frames_per_chunk <= most:
         raise ValueError(

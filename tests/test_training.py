@@ -240,6 +240,20 @@ def test_fit_basis_is_orthonormal_centred_and_scaled(monkeypatch):
     assert_close((std / std[0]).square(), component_std / component_std[0], rtol=1e-3, atol=0)  # power 0.5
 
 
+def test_separate_motion_keeps_still_input_still():
+    """Four equal frames have zeros in every changing component, and constant components cannot make them differ."""
+    vae = TinyVAE(replace(VAE, latent_channels=6))
+    vae.basis.copy_(torch.linalg.qr(torch.randn(768, 6) + torch.eye(768)[:, :6])[0].T)
+    vae.basis[:3] += 2 * vae.basis[:3].unflatten(1, (3, 4, -1)).mean(2, keepdim=True).expand(-1, -1, 4, -1).flatten(1)
+    moves = vae_basis.is_motion(vae)
+    assert 0 < moves.sum() < 6
+    vae_basis.separate_motion(vae)
+    assert_close(vae.basis @ vae.basis.T, torch.eye(6), atol=1e-5, rtol=0)
+    rows = vae.basis.unflatten(1, (3, 4, -1))
+    assert_close(rows[moves].mean(2), torch.zeros(int(moves.sum()), 3, 64), atol=1e-6, rtol=0)
+    assert_close(rows[~moves].std(2), torch.zeros(int((~moves).sum()), 3, 64), atol=1e-6, rtol=0)
+
+
 def test_is_motion_and_latent_std_by_hand():
     vae = TinyVAE(replace(VAE, latent_channels=2))
     row = torch.zeros(2, 3, 4, 64)
