@@ -38,6 +38,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
+def motion_presence(xt: Tensor, motion: Tensor, sigma: Tensor, margin: float = 1.3) -> Tensor:
+    """How sure it is that something moves, [B, F, 1, h, w] in [0, 1]: 0 where the motion channels hold only noise.
+
+    James-Stein shrinkage ``max(0, 1 - margin * sigma² / energy)`` of the motion channels, their energy taken over
+    3 x 3 cells. Without motion channels it is 1. ``margin`` is three standard deviations of pure noise's energy.
+    """
+    energy = (xt.square() * motion).sum(2) / motion.sum().clamp_min(1)  # [B, F, h, w]
+    energy = F.avg_pool2d(energy, 3, stride=1, padding=1, count_include_pad=False).unsqueeze(2)
+    return (1 - margin * sigma.square() / energy.clamp_min(1e-12)).clamp_min(0)
+
+
 class Block(nn.Module):
     """One DiT block: modulated self-attention, cross-attention, modulated feed-forward."""
 
@@ -108,6 +119,7 @@ class CausalWanTransformer(nn.Module):
         self.head = Head(config)
         if config.prediction == "x0":
             self.register_buffer("latent_std", torch.ones(config.in_channels))
+            self.register_buffer("latent_motion", torch.zeros(config.in_channels))  # 1: zero where input is still
 
     @property
     def dtype(self) -> torch.dtype:
@@ -194,6 +206,8 @@ class CausalWanTransformer(nn.Module):
         std = self.latent_std[:, None, None].to(sigma)
         wiener = (1 - sigma) * std.square() / (((1 - sigma) * std).square() + sigma.square())
         x0 = (1 + gate) * wiener * xt + std * value
+        motion = self.latent_motion[:, None, None].to(sigma)
+        x0 = x0 * (1 - motion + motion * motion_presence(xt, motion, sigma))
         return (xt - x0) / sigma.clamp_min(1e-3)
 
     def _rotations(

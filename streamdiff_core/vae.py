@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from streamdiff_core.config import VAEConfig
 
+STILL_ENERGY = 0.04
+"""Energy of an 8 x 8 x 4 patch's changing part (one grey level RMS) at which the decoder's detail half moves."""
+
 
 @dataclass(slots=True)
 class VAEState:
@@ -115,9 +118,21 @@ class TinyVAE(nn.Module):
         x = self.stem(latents.flatten(0, 1).to(self.dtype, memory_format=torch.channels_last))
         for i, block in enumerate(self.blocks):
             x = block(x, self._shift(x, b, i, state))
-        detail = self.detail(x).unflatten(0, (b, f)).to(latents.dtype).permute(0, 1, 3, 4, 2)  # [B, F, y, x, N]
+        detail = self._calm(self.detail(x).unflatten(0, (b, f)).to(latents.dtype), latents)
+        detail = detail.permute(0, 1, 3, 4, 2)  # [B, F, y, x, N]
         linear = torch.einsum("bfcyx,cn->bfyxn", latents, self.basis / self.scale[:, None])
         return self._from_patches(linear + detail + self.mean)
+
+    def _calm(self, detail: Tensor, latents: Tensor) -> Tensor:
+        """Detail [B, F, 3 * t * s * s, y, x] that changes within a latent frame only where the latents say so."""
+        t = self.config.temporal_stride
+        still_share = self.basis.unflatten(1, (3, t, -1)).mean(2).square().sum((1, 2)) * t  # [C]
+        moving = ((still_share < 0.5) / self.scale).to(latents)[:, None, None]
+        energy = F.avg_pool2d((latents * moving).square().sum(2), 3, stride=1, padding=1)[:, :, None]  # [B, F, 1, y, x]
+        frames = detail.unflatten(2, (3, t, -1))
+        mean = frames.mean(3, keepdim=True)
+        presence = (energy / (energy + STILL_ENERGY))[:, :, :, None, None]
+        return (mean + presence * (frames - mean)).flatten(2, 4)
 
     def _shift(self, x: Tensor, b: int, i: int, state: VAEState) -> Tensor:
         """Features one latent frame earlier; a stream starts with its own first frame. Keeps the last in ``state``."""

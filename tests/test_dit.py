@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from streamdiff_core.config import CacheConfig, ModelConfig
-from streamdiff_core.dit import CausalWanTransformer, timestep_embedding
+from streamdiff_core.dit import CausalWanTransformer, motion_presence, timestep_embedding
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies.sink import SinkPolicy
 
@@ -137,7 +137,7 @@ def test_x0_is_gated_wiener_plus_scaled_value():
     std = torch.tensor([0.5, 2.0, 1.0])
     model = x0_model(std.tolist())
     raw = random_model(out_channels=6)
-    raw.load_state_dict({name: v for name, v in model.state_dict().items() if name != "latent_std"})
+    raw.load_state_dict({name: v for name, v in model.state_dict().items() if not name.startswith("latent_")})
     x, t, context = inputs()
     prompt = model.encode_prompt(context)
     sigma, s = (t / 1000)[:, :, None, None, None], std[:, None, None]
@@ -147,6 +147,28 @@ def test_x0_is_gated_wiener_plus_scaled_value():
     velocity = model(x, t, prompt)
     assert_close(x - sigma * velocity, x0, atol=1e-5, rtol=1e-5)
     assert min(value.std(), gate.std()) > 0.1, "neither may be lost in the tolerance"
+
+
+def test_motion_presence_by_hand():
+    """Noise alone gives 0 after the margin, 13 times its energy gives 0.9; other channels do not count."""
+    motion = torch.tensor([0.0, 1.0])[:, None, None]
+    sigma = torch.full((1, 1, 1, 1, 1), 0.5)
+    xt = torch.zeros(1, 1, 2, 5, 5)
+    xt[:, :, 0] = 100.0
+    xt[:, :, 1] = 0.5  # energy = sigma²
+    assert torch.equal(motion_presence(xt, motion, sigma), torch.zeros(1, 1, 1, 5, 5))
+    xt[:, :, 1] = 0.5 * 13**0.5
+    assert_close(motion_presence(xt, motion, sigma), torch.full((1, 1, 1, 5, 5), 0.9), atol=1e-5, rtol=0)
+
+
+def test_still_input_has_no_motion_in_the_prediction():
+    model = x0_model([1.0, 1.0, 1.0])
+    model.latent_motion[2] = 1
+    x, t, context = inputs()
+    x[:, :, 2] = 0.01
+    sigma = (t / 1000)[:, :, None, None, None]
+    x0 = x - sigma * model(x, t, model.encode_prompt(context))
+    assert x0[:, :, 2].abs().max() < 1e-5 < 0.1 < x0[:, :, :2].abs().max()
 
 
 def test_spread_is_saved_with_the_weights():

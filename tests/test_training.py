@@ -516,7 +516,9 @@ def test_the_loss_is_the_decoded_pixel_error(vae, frames):
     objective = FixedError(CausalWanTransformer(MODEL), vae)
     objective.detail_weight = torch.ones(6)
     target = torch.randn(rows, frames, 6, 4, 4)
-    error = torch.randn(1, frames, 6, 4, 4).expand_as(target)  # the same in all rows: any mask has its mean
+    error = torch.randn(1, frames, 6, 4, 4).expand_as(target)  # the same in all rows
+    pixels = (error / vae.scale[:, None, None]).square().mean((2, 3, 4), keepdim=True)
+    error = error / pixels.sqrt()  # and as large in all frames: any mask has the same mean
     objective.answer = target + error
     batch = {
         "source": target,
@@ -654,7 +656,7 @@ def test_ctrl_c_says_that_nothing_is_lost(tmp_path, monkeypatch, capsys):
 def test_export_writes_weights_that_a_pipeline_loads(tmp_path):
     preset, work, out = get_preset("tiny"), tmp_path / "work", tmp_path / "out"
     parts = CausalWanTransformer(preset.model), TinyVAE(preset.vae), TinyTextEncoder(preset.text)
-    for name, model in zip(("dit", "decoder"), parts, strict=False):
+    for name, model in (("dit", parts[0]), ("decoder", TinyVAE(preset.vae)), ("refine", parts[1])):
         average = runs.Average(model, 0.9)
         average.shadow = {key: value + 0.25 for key, value in average.shadow.items()}
         run = runs.Run(work / name, model=model, average=average)
@@ -668,6 +670,7 @@ def test_export_writes_weights_that_a_pipeline_loads(tmp_path):
     assert sorted(f.name for f in out.glob("*.csv")) == [
         "decoder_metrics.csv",
         "dit_metrics.csv",
+        "refine_metrics.csv",
         "text_metrics.csv",
     ]
     files = list(out.glob("*.safetensors"))

@@ -108,3 +108,20 @@ def test_state_reports_its_memory():
     for num_frames in (1, 5, 2):
         vae.decode(torch.zeros(1, num_frames, 4, 2, 2), state)
         assert state.nbytes == 3 * 8 * 2 * 2 * 4  # blocks x width x cells x float32, one latent frame
+
+
+def test_detail_changes_within_a_latent_frame_only_where_the_latents_move():
+    """Still latents: the four frames of a chunk are equal, whatever the residual decoder says. Moving ones: not."""
+    vae = TinyVAE(VAEConfig(latent_channels=2, width=8, num_blocks=1)).double()
+    rows = torch.zeros(2, 3, 4, 64, dtype=torch.float64)
+    rows[0, 0, :, 0], rows[1, 0, :, 0] = 0.5, torch.tensor([0.5, -0.5, 0.5, -0.5])
+    vae.basis.copy_(rows.flatten(1))
+    torch.nn.init.normal_(vae.detail.weight)
+    latents = torch.randn(1, 2, 2, 3, 3, dtype=torch.float64)
+    latents[:, :, 1] = 0
+    with torch.no_grad():
+        still = vae.reconstruct(latents, vae.new_state()).unflatten(1, (2, 4))
+        latents[:, :, 1] = 5
+        moving = vae.reconstruct(latents, vae.new_state()).unflatten(1, (2, 4))
+    assert still.diff(dim=2).abs().max() < 1e-12 < 0.1 < still.std()
+    assert moving[:, :, :, 1:].diff(dim=2).abs().max() > 0.1  # channels the basis itself does not touch

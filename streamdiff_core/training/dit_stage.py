@@ -51,7 +51,7 @@ PHASES = (
     Phase(0.8, frames=4, cells=16, rows=4),
     Phase(0.8, frames=4, cells=32, rows=1),
 )
-MOTION_WEIGHT = 3.0
+MOTION_WEIGHT = 6.0
 SELF_INPUT_FROM = 0.35
 LOG_EVERY_S = 120
 PROMPTS_PER_STYLE = 160
@@ -258,6 +258,7 @@ def train_dit(
     torch.nn.init.normal_(model.head.head.weight, std=0.02)
     samples = torch.cat([torch.from_numpy(np.array(c[:, ::8])).flatten(0, 1) for c in clips.clips[:40]])
     model.latent_std.copy_(latent_std(vae, samples))
+    model.latent_motion.copy_(is_motion(vae))
     average = Average(model, decay=0.999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.01)
     run = Run(folder, model=model, average=average, optimizer=optimizer)

@@ -23,7 +23,7 @@ from streamdiff_core.vae import TinyVAE
 FIRST_CHANNEL_STD = 10.0
 WHITENING_POWER = 0.5
 SOURCE_WEIGHT = 4.0
-MOTION_BOOST = 10.0
+MOTION_BOOST = 30.0
 
 
 @torch.no_grad()
