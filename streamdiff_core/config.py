@@ -232,7 +232,7 @@ PRESETS: dict[str, Preset] = {
         text=TextConfig(dim=128, text_len=16),
         cache=CacheConfig(sink_frames=1, window_frames=3, positions="packed"),
         noise=NoiseControllerConfig(timestep_offset=0),
-        noise_scale=0.4,
+        noise_scale=0.45,
         schedule=ScheduleConfig(timesteps=(), use_sigma_table=False, noise="fixed"),
         width=256,
         height=256,

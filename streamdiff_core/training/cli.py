@@ -126,14 +126,18 @@ def run_dit(args: argparse.Namespace) -> None:
 
 def run_refine(args: argparse.Namespace) -> None:
     """Fine-tune the decoder on the transformer's latents."""
-    from streamdiff_core.training.refine_stage import Restyler, train_refinement
+    from streamdiff_core.training.refine_stage import Restyler
+    from streamdiff_core.training.vae_stage import train_decoder
 
     vae = TinyVAE(get_preset(PRESET).vae)
     vae.load_state_dict(_checkpoint(args.work / "decoder")["average"]["shadow"])
     transformer = CausalWanTransformer(get_preset(PRESET).model)
     transformer.load_state_dict(_checkpoint(args.work / "dit")["average"]["shadow"])
     restyler = Restyler(transformer, _text_encoder(args), args.seed)
-    train_refinement(args.work / "refine", vae, restyler, args.clips, args.val, minutes=args.refine_minutes)
+    train_decoder(
+        args.work / "refine", vae, args.clips, args.val, minutes=args.refine_minutes,
+        loss_of=restyler.loss, peak_lr=6e-4, seed=args.seed + 1,
+    )  # fmt: skip
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ hands over. Its residual starts at zero: training begins at the closed-form resu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ NUM_FRAMES = 9
 CROPS_PER_CLIP = 4
 MAX_NOISE = 0.3
 LOG_EVERY_S = 180
+
+LossOf = Callable[[TinyVAE, "PixelBatches", int, torch.Generator], Tensor]
 
 
 class PixelBatches:
@@ -85,6 +88,21 @@ def reconstruction_psnr(vae: TinyVAE, clips: Path, styles: tuple[str, ...] = STY
     return {style: float(np.mean(values)) for style, values in scores.items()}
 
 
+def exact_loss(vae: TinyVAE, batches: PixelBatches, step: int, generator: torch.Generator) -> Tensor:
+    """Loss of one batch of exact latents, some with a little noise."""
+    target = batches.draw(step)
+    latents = vae.encode(target, vae.new_state())
+    amount = MAX_NOISE * torch.rand(len(latents), 1, 1, 1, 1, generator=generator).square()
+    latents = latents + amount * torch.randn(latents.shape, generator=generator)
+    return detail_loss(reconstruct(vae, latents), target)
+
+
+def reconstruct(vae: TinyVAE, latents: Tensor) -> Tensor:
+    """Differentiable decode of 1 + n latent frames in mixed precision, float32 [B, 1 + 4n, 3, H, W]."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return vae.reconstruct(latents, vae.new_state())[:, vae.config.temporal_stride - 1 :].float()
+
+
 def train_decoder(
     folder: Path,
     vae: TinyVAE,
@@ -92,10 +110,11 @@ def train_decoder(
     val_clips: Path,
     *,
     minutes: float,
+    loss_of: LossOf = exact_loss,
     peak_lr: float = 1e-3,
     seed: int = 0,
 ) -> None:
-    """Train ``vae``'s residual decoder into ``folder`` for ``minutes`` in all; resumes."""
+    """Train ``vae``'s residual decoder on ``loss_of`` into ``folder`` for ``minutes`` in all; resumes."""
     from tqdm import tqdm
 
     parameters = [*vae.stem.parameters(), *vae.blocks.parameters(), *vae.detail.parameters()]
@@ -108,14 +127,8 @@ def train_decoder(
     with run, bar:
         while run.seconds < budget_s:
             set_learning_rate(optimizer, learning_rate(peak_lr, run.step, run.seconds / budget_s, 50))
-            target = batches.draw(run.step)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
-            latents = vae.encode(target, vae.new_state())
-            amount = MAX_NOISE * torch.rand(len(latents), 1, 1, 1, 1, generator=generator).square()
-            latents = latents + amount * torch.randn(latents.shape, generator=generator)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                video = vae.reconstruct(latents, vae.new_state())
-            loss = detail_loss(video[:, vae.config.temporal_stride - 1 :].float(), target)
+            loss = loss_of(vae, batches, run.step, generator)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
