@@ -106,7 +106,7 @@ class TinyVAE(nn.Module):
 
     def decode(self, latents: Tensor, state: VAEState) -> Tensor:
         """Decode the next latent frames [B, F, C, h, w] of a stream to [B, T, 3, H, W] in [-1, 1]."""
-        video = self.reconstruct(latents, state).clamp(-1, 1)
+        video = self.reconstruct(latents, state).clamp_(-1, 1)
         if not state.decoded_first:
             state.decoded_first = True
             video = video[:, self.config.temporal_stride - 1 :]
@@ -118,21 +118,21 @@ class TinyVAE(nn.Module):
         x = self.stem(latents.flatten(0, 1).to(self.dtype, memory_format=torch.channels_last))
         for i, block in enumerate(self.blocks):
             x = block(x, self._shift(x, b, i, state))
-        detail = self._calm(self.detail(x).unflatten(0, (b, f)).to(latents.dtype), latents)
-        detail = detail.permute(0, 1, 3, 4, 2)  # [B, F, y, x, N]
-        linear = torch.einsum("bfcyx,cn->bfyxn", latents, self.basis / self.scale[:, None])
-        return self._from_patches(linear + detail + self.mean)
+        detail = self.detail(x).permute(0, 2, 3, 1).unflatten(0, (b, f))  # [B, F, y, x, N]
+        cells = latents.permute(0, 1, 3, 4, 2)  # [B, F, y, x, C]
+        linear = torch.addmm(self.mean, cells.flatten(0, 3), self.basis / self.scale[:, None])
+        video = linear.view(*cells.shape[:4], -1).add_(self._calm(detail, latents))
+        return self._from_patches(video)
 
     def _calm(self, detail: Tensor, latents: Tensor) -> Tensor:
-        """Detail [B, F, 3 * t * s * s, y, x] that changes within a latent frame only where the latents say so."""
+        """Detail [B, F, y, x, 3 * t * s * s] that changes within a latent frame only where the latents say so."""
         t = self.config.temporal_stride
         still_share = self.basis.unflatten(1, (3, t, -1)).mean(2).square().sum((1, 2)) * t  # [C]
         moving = ((still_share < 0.5) / self.scale).to(latents)[:, None, None]
-        energy = F.avg_pool2d((latents * moving).square().sum(2), 3, stride=1, padding=1)[:, :, None]  # [B, F, 1, y, x]
-        frames = detail.unflatten(2, (3, t, -1))
-        mean = frames.mean(3, keepdim=True)
-        presence = (energy / (energy + STILL_ENERGY))[:, :, :, None, None]
-        return (mean + presence * (frames - mean)).flatten(2, 4)
+        energy = F.avg_pool2d((latents * moving).square().sum(2), 3, stride=1, padding=1)  # [B, F, y, x]
+        presence = (energy / (energy + STILL_ENERGY)).to(detail.dtype)[..., None, None, None]
+        frames = detail.unflatten(-1, (3, t, -1))
+        return torch.lerp(frames.mean(-2, keepdim=True).expand_as(frames), frames, presence).flatten(4)
 
     def _shift(self, x: Tensor, b: int, i: int, state: VAEState) -> Tensor:
         """Features one latent frame earlier; a stream starts with its own first frame. Keeps the last in ``state``."""
