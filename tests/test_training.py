@@ -683,6 +683,23 @@ def test_export_writes_weights_that_a_pipeline_loads(tmp_path):
     assert_close(pipe.text_encoder.state_dict(), dict(parts[2].state_dict()), rtol=0, atol=0)
 
 
+def test_unpacked_weights_are_a_checkpoint_to_train_on_from(tmp_path, capsys):
+    """Unpack then export gives the bundled tensors back; training would go on from step 0 with them."""
+    from safetensors.torch import load_file
+
+    bundled, work, out = pipeline.ASSETS / "tiny", tmp_path / "work", tmp_path / "out"
+    assert cli.main(["unpack", "--work", str(work), "--out", str(bundled)]) == 0
+    run = runs.Run(work / "dit", model=CausalWanTransformer(get_preset("tiny").model))
+    assert (run.step, run.seconds < 5) == (0, True)
+    assert cli.main(["unpack", "--work", str(work), "--out", str(bundled)]) == 1
+    assert "holds a checkpoint already" in capsys.readouterr().err
+    for stage in ("dit", "decoder", "refine", "text"):
+        runs.Run(work / stage).log({"loss": 1.0})
+    assert cli.main(["export", "--work", str(work), "--out", str(out)]) == 0
+    for file in bundled.glob("*.safetensors"):
+        assert_close(load_file(out / file.name), load_file(file), rtol=0, atol=0)
+
+
 def test_all_stages_in_one_go_make_a_model_that_streams(tmp_path, clips, clock, monkeypatch, capsys):
     from streamdiff_core.training import evaluate
 

@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.text import TinyTextEncoder
 from streamdiff_core.types import CheckpointError, VideoReadError
 from streamdiff_core.vae import TinyVAE
-from streamdiff_core.weights import save_checkpoint
+from streamdiff_core.weights import load_checkpoint, save_checkpoint
 
 STAGES = ("text", "prepare", "decoder", "dit", "refine", "export", "evaluate")
 PRESET = "tiny"
@@ -32,7 +33,11 @@ NEEDED_CLIPS = {stage: ("clips", "val") for stage in ("prepare", "decoder", "ref
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = argparse.ArgumentParser(prog="streamdiff-train", description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=(*STAGES, "all"), help="what to do; 'all' does everything in order")
+    parser.add_argument(
+        "stage",
+        choices=(*STAGES, "all", "unpack"),
+        help="what to do; 'all' does everything in order, 'unpack' makes checkpoints to train on from weights in OUT",
+    )
     parser.add_argument("--work", type=Path, default=Path("training_run"), help="latents and checkpoints")
     parser.add_argument("--clips", type=Path, help="folder of training clips (.mp4, 32 frames or more each)")
     parser.add_argument("--val", type=Path, help="folder of validation clips")
@@ -153,6 +158,32 @@ def run_export(args: argparse.Namespace) -> None:
     save_checkpoint(_text_encoder(args), args.out / "text_encoder.safetensors", metadata={})
     for run in ("dit", "decoder", "refine", "text"):
         shutil.copy(args.work / run / "metrics.csv", args.out / f"{run}_metrics.csv")
+
+
+def run_unpack(args: argparse.Namespace) -> None:
+    """Inverse of export: checkpoints in WORK with the weights in OUT, fresh optimisers and no time spent."""
+    from streamdiff_core.training.data import STYLE_NAMES
+    from streamdiff_core.training.runs import Average, Run, atomic_save
+
+    preset = get_preset(PRESET)
+    transformer, vae, text = CausalWanTransformer(preset.model), TinyVAE(preset.vae), TinyTextEncoder(preset.text)
+    for module, file in ((transformer, "transformer"), (vae, "vae"), (text, "text_encoder")):
+        load_checkpoint(module, args.out / f"{file}.safetensors")
+    decoder = [*vae.stem.parameters(), *vae.blocks.parameters(), *vae.detail.parameters()]
+    adam = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.01)  # as the stages make it
+    for name, part, module, parameters in (
+        ("dit", "model", transformer, transformer.parameters()),
+        ("decoder", "vae", vae, decoder),
+        ("refine", "vae", vae, decoder),
+    ):
+        if (args.work / name / "last.pt").exists():
+            raise CheckpointError(f"{args.work / name} holds a checkpoint already; choose another --work")
+        parts = {part: module, "average": Average(module, 0.999), "optimizer": adam(parameters)}
+        Run(args.work / name, **parts).save()
+    readout = torch.nn.Linear(preset.text.dim, len(STYLE_NAMES))
+    optimizer = torch.optim.AdamW([*text.parameters(), *readout.parameters()])
+    Run(args.work / "text", encoder=text, readout=readout, optimizer=optimizer).save()
+    atomic_save(vae.state_dict(), args.work / "vae_basis.pt")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
