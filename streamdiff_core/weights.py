@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from streamdiff_core.types import CheckpointError
+from streamdiff_core.wan_vae import WanVAE
 from streamdiff_core.weight_files import find_file, listed, read_file
 
 MAX_SHARD_BYTES = 9_500_000
@@ -94,7 +95,12 @@ def to_diffusers_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_checkpoint(
-    model: nn.Module, source: str | Path, *, subfolder: str | None = None, wrapper: str | None = None
+    model: nn.Module,
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    wrapper: str | None = None,
+    convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
 ) -> LoadReport:
     """Load weights strictly, in place and in the model's own number type, or raise and change nothing.
 
@@ -105,6 +111,7 @@ def load_checkpoint(
             local has that name.
         subfolder: folder inside ``source``, e.g. ``transformer``.
         wrapper: take this entry of a pickled dict, e.g. ``generator_ema``; default: first of ``WRAPPERS``.
+        convert: renames the keys of models other than the Wan transformer.
 
     Raises:
         CheckpointError: unreadable, truncated or foreign file; keys, shapes or number types do not fit.
@@ -115,7 +122,7 @@ def load_checkpoint(
     layout = "diffusers" if _is_diffusers(_PREFIX.sub("", name) for name in state) else "wan"
     if set(state) != set(own):
         try:
-            state = convert_keys(state)
+            state = (convert or convert_keys)(state)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
     problems = _misfits(own, state)
@@ -128,6 +135,28 @@ def load_checkpoint(
         on_meta = {name: state[name].to(target.dtype) for name, target in own.items() if target.is_meta}
         model.load_state_dict(on_meta, strict=False, assign=True)
     return LoadReport(path=path, layout=layout, wrapper=wrapper, num_tensors=len(own), metadata=metadata)
+
+
+def load_wan_vae(source: str | Path, **config: object) -> WanVAE:
+    """Wan2.1's VAE from ``Wan2.1_VAE.pth`` (original names) or a diffusers file or folder, strictly.
+
+    Args:
+        source: as in ``load_checkpoint``.
+        config: arguments of diffusers' ``AutoencoderKLWan`` that differ from Wan2.1's.
+
+    Raises:
+        CheckpointError: as in ``load_checkpoint``.
+    """
+    from diffusers import AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return convert_wan_vae_to_diffusers(dict(state)) if "encoder.conv1.weight" in state else dict(state)
+
+    with torch.device("meta"):
+        autoencoder = AutoencoderKLWan(**config)
+    load_checkpoint(autoencoder, source, convert=convert)
+    return WanVAE(autoencoder).eval().requires_grad_(False)
 
 
 def save_checkpoint(

@@ -1,0 +1,98 @@
+"""Wan2.1's VAE as a streaming VAE: diffusers' modules and weights, our memory (Stream-VAE, paper §3.4, SPEC §5.2).
+
+Every causal convolution needs the last two frames it saw. diffusers' ``AutoencoderKLWan`` keeps them in lists that it
+clears at the end of each call, and upstream keeps them on the module, one stream per VAE. Here each
+stream owns its two lists (``WanVAEState``) and hands them to the same encoder and decoder, so any split of a clip gives
+what the whole clip gives, for any number of streams.
+
+The latents are not symmetric, on purpose: these models read the encoder's mean as it is and write normalised latents
+(SPEC §5.2), so ``encode`` returns the raw mean and ``decode`` undoes the normalisation.
+
+Weights come from ``weights.load_wan_vae``.
+
+Shapes: B streams, T pixel frames, F latent frames, H x W pixels, h x w = H/8 x W/8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+GROUP = 4
+"""Pixel frames per latent frame after the first."""
+
+
+@dataclass(slots=True)
+class WanVAEState:
+    """Memory of one stream: what each causal convolution saw last, in the order they run."""
+
+    encoder: list[Any] = field(default_factory=list)
+    decoder: list[Any] = field(default_factory=list)
+    encoded_first: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        held = [x for x in (*self.encoder, *self.decoder) if isinstance(x, Tensor)]
+        return sum(x.numel() * x.element_size() for x in held)
+
+
+class WanVAE(nn.Module):
+    """``StreamingVAE`` around an ``AutoencoderKLWan``."""
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self._sizes = [_num_causal_convs(part) for part in (autoencoder.encoder, autoencoder.decoder)]
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(autoencoder.config, f"latents_{name}"))[:, None, None, None]
+            self.register_buffer(f"latents_{name}", values, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype."""
+        return self.autoencoder.dtype
+
+    def new_state(self) -> WanVAEState:
+        """Fresh memory for one stream."""
+        encoder, decoder = self._sizes
+        return WanVAEState(encoder=[None] * encoder, decoder=[None] * decoder)
+
+    def encode(self, frames: Tensor, state: WanVAEState) -> Tensor:
+        """Encode the next frames of a stream.
+
+        Args:
+            frames: [B, T, 3, H, W] in [-1, 1]; T = 1 + 4n on the first call, 4n later; H and W multiples of 8.
+            state: the stream's memory.
+
+        Returns:
+            Raw means [B, F, 16, h, w], float32 or better.
+
+        Raises:
+            ValueError: a number of frames that does not make whole latent frames.
+        """
+        lead = 0 if state.encoded_first else 1
+        if frames.shape[1] < lead or (frames.shape[1] - lead) % GROUP:
+            want = "4n frames after the first call" if state.encoded_first else "1 + 4n frames first"
+            raise ValueError(f"{frames.shape[1]} frames do not make whole latent frames; pass {want}")
+        state.encoded_first = True
+        x = frames.transpose(1, 2).to(self.dtype)  # [B, 3, T, H, W]
+        groups = [x[:, :, :lead]] * lead + list(x[:, :, lead:].split(GROUP, dim=2))
+        out = [self.autoencoder.encoder(g, feat_cache=state.encoder, feat_idx=[0]) for g in groups if g.shape[2]]
+        mean = self.autoencoder.quant_conv(torch.cat(out, dim=2)).chunk(2, dim=1)[0]
+        return mean.transpose(1, 2).to(torch.promote_types(self.dtype, torch.float32))
+
+    def decode(self, latents: Tensor, state: WanVAEState) -> Tensor:
+        """Decode the next normalised latent frames [B, F, 16, h, w] of a stream to [B, T, 3, H, W] in [-1, 1]."""
+        z = latents.transpose(1, 2)  # [B, 16, F, h, w]
+        z = self.autoencoder.post_quant_conv((z * self.latents_std + self.latents_mean).to(self.dtype))
+        out = [self.autoencoder.decoder(f, feat_cache=state.decoder, feat_idx=[0]) for f in z.split(1, dim=2)]
+        return torch.cat(out, dim=2).clamp(-1, 1).transpose(1, 2)
+
+
+def _num_causal_convs(part: nn.Module) -> int:
+    """Convolutions with a memory, as diffusers counts them."""
+    return sum(type(module).__name__ == "WanCausalConv3d" for module in part.modules())
