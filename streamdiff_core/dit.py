@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,11 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """``x * (1 + scale) + shift``; x [B, F, P, D], shift and scale [B, F, 1, D]."""
     return torch.addcmul(shift, x, 1 + scale)
+
+
+def level_per_frame(timestep: Tensor, dtype: torch.dtype) -> Tensor:
+    """Noise level [B, F, 1, 1, 1] of timesteps [B, F], float32 or, for a float64 model, float64."""
+    return (timestep / 1000).to(torch.promote_types(torch.float32, dtype))[:, :, None, None, None]
 
 
 def motion_presence(xt: Tensor, motion: Tensor, sigma: Tensor, margin: float = 1.3) -> Tensor:
@@ -98,6 +104,18 @@ class Head(nn.Module):
         """x [B, F, P, D], time [B, F, D] -> [B, F, P, patch * C]."""
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
         return self.head(modulate(F.layer_norm(x, x.shape[-1:], eps=self.eps), shift, scale))
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What lies between two blocks: all that one pipeline stage has to hand to the next."""
+
+    x: Tensor
+    """[B, F, P, D]."""
+    time: Tensor
+    """Embedded timestep [B, F, D]; the head modulates with it."""
+    time6: Tensor
+    """Six modulations per frame [B, F, 6, D], shared by all blocks."""
 
 
 class CausalWanTransformer(nn.Module):
@@ -168,23 +186,45 @@ class CausalWanTransformer(nn.Module):
 
         Source: SPEC §1.5.
         """
-        config, (b, f, _, h, w) = self.config, xt.shape
-        _, ph, pw = config.patch_size
+        tokens = self.embed(xt, timestep)
+        grid = (xt.shape[-2] // self.config.patch_size[1], xt.shape[-1] // self.config.patch_size[2])
+        tokens = self.run_blocks(tokens, grid, prompts, views, mask=mask, frame_ids=frame_ids)
+        return self.predict(tokens, xt, timestep)
+
+    def embed(self, xt: Tensor, timestep: Tensor) -> Tokens:
+        """First part of ``forward``: latents and timesteps as tokens."""
+        (h, w), (_, ph, pw) = xt.shape[-2:], self.config.patch_size
         if h % ph or w % pw:
             raise ValueError(f"latent size {h}x{w} must be a multiple of the patch {ph}x{pw}")
-        rows, cols = h // ph, w // pw
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        sigma = (timestep / 1000).to(wide)[:, :, None, None, None]
-        x = self._patchify(self._scale_input(xt, sigma).to(self.dtype))
-        time = self.time_embedding(timestep_embedding(timestep, config.freq_dim).to(self.dtype))
-        time6 = self.time_projection(time).unflatten(-1, (6, -1))  # [B, F, 6, D]
-        rotations = self._rotations(rows, cols, b, f, views, frame_ids)
+        x = self._patchify(self._scale_input(xt, level_per_frame(timestep, self.dtype)).to(self.dtype))
+        time = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim).to(self.dtype))
+        return Tokens(x, time, self.time_projection(time).unflatten(-1, (6, -1)))
+
+    def run_blocks(
+        self,
+        tokens: Tokens,
+        grid: tuple[int, int],
+        prompts: PromptContext | Sequence[PromptContext],
+        views: Sequence[CacheView] | None = None,
+        *,
+        mask: Tensor | None = None,
+        frame_ids: Tensor | None = None,
+    ) -> Tokens:
+        """Middle part: the blocks this module holds (all of them, or one stage's); ``grid`` is (rows, columns)."""
+        rotations = self._rotations(*grid, tokens.x, views, frame_ids)
+        x = tokens.x
         for layer, block in enumerate(self.blocks):
-            x = block(x, time6, layer, _prompt_rows(prompts, layer), rotations, views, mask)
-        out = self.head(x, time).to(wide)  # [B, F, P, ph * pw * C]
-        out = out.unflatten(2, (rows, cols)).unflatten(-1, (ph, pw, -1))  # [B, F, y, x, ph, pw, C]
+            x = block(x, tokens.time6, layer, _prompt_rows(prompts, layer), rotations, views, mask)
+        return Tokens(x, tokens.time, tokens.time6)
+
+    def predict(self, tokens: Tokens, xt: Tensor, timestep: Tensor) -> Tensor:
+        """Last part: tokens -> velocity [B, F, C, h, w], float32 or better; ``xt`` is what ``embed`` was given."""
+        (b, f, _, h, w), (_, ph, pw) = xt.shape, self.config.patch_size
+        sigma = level_per_frame(timestep, tokens.x.dtype)
+        out = self.head(tokens.x, tokens.time).to(sigma.dtype)  # [B, F, P, ph * pw * C]
+        out = out.unflatten(2, (h // ph, w // pw)).unflatten(-1, (ph, pw, -1))  # [B, F, y, x, ph, pw, C]
         out = out.permute(0, 1, 6, 2, 4, 3, 5).reshape(b, f, -1, h, w)
-        return out if config.prediction == "velocity" else self._velocity(xt.to(wide), out, sigma)
+        return out if self.config.prediction == "velocity" else self._velocity(xt.to(sigma.dtype), out, sigma)
 
     def _patchify(self, x: Tensor) -> Tensor:
         """[B, F, C, h, w] -> [B, F, P, D], tokens in (y, x) order."""
@@ -211,22 +251,17 @@ class CausalWanTransformer(nn.Module):
         return (xt - x0) / sigma.clamp_min(1e-3)
 
     def _rotations(
-        self,
-        rows: int,
-        cols: int,
-        b: int,
-        f: int,
-        views: Sequence[CacheView] | None,
-        frame_ids: Tensor | None,
+        self, rows: int, cols: int, x: Tensor, views: Sequence[CacheView] | None, frame_ids: Tensor | None
     ) -> Rotations:
         """RoPE multipliers of this forward; keys get their temporal part from the cache when there is one."""
-        columns = self.config.rope_columns
-        spatial = spatial_rotation(rows, cols, columns, self.dtype, self.device)  # [P, c]
+        columns, like = self.config.rope_columns, (x.dtype, x.device)
+        b, f = x.shape[:2]
+        spatial = spatial_rotation(rows, cols, columns, *like)  # [P, c]
         if views is None:
             ids = torch.arange(f).expand(b, f) if frame_ids is None else frame_ids
-            time = [temporal_rotation(tuple(r), columns, self.dtype, self.device) for r in ids.tolist()]
+            time = [temporal_rotation(tuple(r), columns, *like) for r in ids.tolist()]
         else:
-            time = [view.query_rotation(self.dtype, self.device) for view in views]
+            time = [view.query_rotation(*like) for view in views]
         temporal = torch.stack(time)[:, :, None].expand(b, f, rows * cols, columns[0])
         full = torch.cat([temporal, spatial[None, None, :, columns[0] :].expand(b, f, -1, -1)], dim=-1).flatten(1, 2)
         return Rotations(query=full, key=full if views is None else spatial.repeat(f, 1))
