@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from streamdiff_core.cpu_kernels import scaled_dot_product
 from streamdiff_core.kv_cache import CacheView
 from streamdiff_core.rope import rotate
+from streamdiff_core.types import Read
 
 
 class RMSNorm(nn.Module):
@@ -63,6 +64,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """Softmax attention, scale 1/sqrt(d): q [B, L, n, d], k and v [B, N, n, d] -> [B, L, n * d]."""
     out = scaled_dot_product(*(x.transpose(1, 2) for x in (q, k, v)), mask=mask)
     return out.transpose(1, 2).flatten(2)
+
+
+def attend_reads(q: Tensor, reads: Sequence[Read]) -> Tensor:
+    """Attention of one row, head group by head group: q [1, L, n, d] -> [1, L, n * d]."""
+    if len(reads) == 1 and reads[0].heads is None:
+        return attend(q, reads[0].keys[None], reads[0].values[None], _mask(reads[0], q))
+    out = torch.empty_like(q)
+    for r in reads:
+        heads = slice(None) if r.heads is None else list(r.heads)
+        group = q[:, :, heads]
+        out[:, :, heads] = attend(group, r.keys[None], r.values[None], _mask(r, group)).view_as(group)
+    return out.flatten(2)
+
+
+def _mask(read: Read, q: Tensor) -> Tensor | None:
+    """A read's bias as the additive mask [1, n or 1, L or 1, N] of the fused attention."""
+    return None if read.bias is None else read.bias.to(q.dtype).expand(1, q.shape[2], q.shape[1], -1)
 
 
 class SelfAttention(nn.Module):
@@ -114,8 +132,7 @@ class SelfAttention(nn.Module):
             return self.o(attend(q, k, v, mask))
         rows = []
         for row, view in enumerate(views):
-            keys, values = view.update(layer, k[row], v[row])
-            rows.append(attend(q[row : row + 1], keys[None], values[None]))
+            rows.append(attend_reads(q[row : row + 1], view.read(layer, q[row], k[row], v[row])))
         return self.o(rows[0] if len(rows) == 1 else torch.cat(rows))
 
 

@@ -6,15 +6,16 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from streamdiff_core import __version__
 
-SCHEDULES, POLICIES, SWITCHES = (
+SCHEDULES, SWITCHES = (
     ("stream_batch", "sequential"),
-    ("sink",),
-    ("keep", "recache", "flush", "reset"),
+    ("keep", "recache", "flush", "reset", "cut"),
 )
+POLICIES = tuple(sorted(path.stem for path in (Path(__file__).parent / "kv_policies").glob("[a-z]*.py")))
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 
 

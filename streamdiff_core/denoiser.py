@@ -6,6 +6,8 @@ schedule says which forwards; the engine runs them; this object owns what lies b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from streamdiff_core.config import Preset
 from streamdiff_core.engine import Engine
 from streamdiff_core.flow import nearest_table_sigma, sigma_from_timestep, sigma_table
 from streamdiff_core.kv_cache import KVCache
-from streamdiff_core.kv_policies import POLICIES
+from streamdiff_core.kv_policies import make_policy
 from streamdiff_core.schedules import SCHEDULES
 from streamdiff_core.schedules.steps import NoiseSource, Stepper
 from streamdiff_core.stream_options import StreamOptions
@@ -34,7 +36,7 @@ class Denoiser:
         model = engine.transformer
         self.cache = KVCache(
             model.config,
-            POLICIES[options.policy](options.cache),
+            make_policy(options.policy, options.cache, options.policy_options),
             num_rows=self.schedule.num_cache_rows,
             tokens_per_frame=tokens_per_frame,
             dtype=model.dtype,
@@ -68,7 +70,7 @@ class Denoiser:
         if chunk is not None:
             if switch == "reset":
                 done = self._reset()
-            elif switch in ("flush", "recache"):
+            elif switch is not None:
                 self._switch_at[chunk.chunk_idx] = switch
             self._num_real[chunk.chunk_idx] = chunk.num_frames
         return done + self._tick(chunk)
@@ -103,7 +105,7 @@ class Denoiser:
 
     def _forward(self, rows: list[RowOp]) -> list[Tensor]:
         for row in rows:
-            self._switch_row(row)
+            self._enter_row(row)
         x0s = self.engine.forward([(self.cache, row) for row in rows])
         for row in rows:
             self._keep_inputs(row)
@@ -123,20 +125,24 @@ class Denoiser:
         for row in fork.dst:
             self._inputs[row] = dict(self._inputs[fork.src])
 
-    def _switch_row(self, row: RowOp) -> None:
-        """Switch a cache row when the first chunk of the new prompt reaches it, and only then."""
-        switch = self._switch_at.get(row.chunk_idx)
-        if switch is None or self.cache.tables[row.cache_row].slots_of(row.frame_ids[0]):
+    def _enter_row(self, row: RowOp) -> None:
+        """A chunk reaches a cache row for the first time: carry out its prompt switch, compute again what the policy
+        asks for."""
+        table = self.cache.tables[row.cache_row]
+        if table.slots_of(row.frame_ids[0]):
             return
+        switch = self._switch_at.get(row.chunk_idx)
         if switch == "flush":
             kept = min(KEPT_ON_FLUSH, max(1, self.options.cache.window_frames - 2))
             self.cache.keep_recent(kept, rows=(row.cache_row,))
-        elif self._inputs[row.cache_row]:
-            self.engine.forward([(self.cache, self.recache_row(row.cache_row, row.prompt))])
+        for frames in self.cache.policy.before_chunk(table, switch):
+            known = [f for f in frames if f in self._inputs[row.cache_row]]
+            if known:
+                self.engine.forward([(self.cache, self.recache_row(row.cache_row, row.prompt, known))])
 
-    def recache_row(self, cache_row: int, prompt: PromptContext) -> RowOp:
-        """The joint forward that rewrites all frames a cache row holds under another prompt (SEEDS §3.3)."""
-        frames = sorted(self._inputs[cache_row])
+    def recache_row(self, cache_row: int, prompt: PromptContext, frames: Sequence[int] | None = None) -> RowOp:
+        """The joint forward that rewrites held frames (default: all) under another prompt (SEEDS §3.3)."""
+        frames = sorted(self._inputs[cache_row] if frames is None else frames)
         inputs = [self._inputs[cache_row][f] for f in frames]
         return RowOp(
             xt=torch.stack([x for x, _ in inputs]), sigma=0.0, timestep=tuple(t for _, t in inputs),

@@ -52,6 +52,6 @@ class Engine:
             dtype=torch.float64 if xt.dtype == torch.float64 else torch.float32,
             device=xt.device,
         )
-        views = [cache.begin(row.cache_row, row.frame_ids, row.descriptor) for cache, row in rows]
+        views = [cache.begin(row.cache_row, row.frame_ids, row.descriptor, row.prompt) for cache, row in rows]
         velocity = self.transformer(xt, timestep, [row.prompt for _, row in rows], views)
         return [x0_from_velocity(x, v, row.sigma) for x, v, (_, row) in zip(xt, velocity, rows, strict=True)]

@@ -11,6 +11,7 @@ Shapes: P tokens per frame, n heads, d head dim, t = 2 * temporal RoPE columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from streamdiff_core.config import ModelConfig
 from streamdiff_core.rope import rotate, temporal_rotation
-from streamdiff_core.types import KVPolicy, RowPlan
+from streamdiff_core.types import KVPolicy, Read, RowPlan
 
 
 class KVCache:
@@ -46,28 +47,34 @@ class KVCache:
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
         self._k_time = [torch.zeros(time_shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
+        self._scratch: list[list[dict[str, Tensor]]] = [[{} for _ in range(num_rows)] for _ in range(model.num_layers)]
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(x.numel() * x.element_size() for group in (self.k, self.v, self._k_time) for x in group)
+        scratch = [x for layer in self._scratch for row in layer for x in row.values()]
+        return sum(x.numel() * x.element_size() for group in (self.k, self.v, self._k_time, scratch) for x in group)
 
-    def begin(self, row: int, frame_ids: Sequence[int], descriptor: Any = None) -> CacheView:
+    def begin(self, row: int, frame_ids: Sequence[int], descriptor: Any = None, prompt: Any = None) -> CacheView:
         """Plan one row of one forward and return the view that all layers share."""
-        return CacheView(self, row, self.policy.plan(self.tables[row], frame_ids, descriptor))
+        return CacheView(self, row, self.policy.plan(self.tables[row], frame_ids, descriptor), prompt)
+
+    def layer_slots(self, layer: int, row: int, prompt: Any = None, plan: RowPlan | None = None) -> LayerSlots:
+        """One row's slots in one layer."""
+        return LayerSlots(
+            layer, self.model, self.k[layer][row], self.v[layer][row], self._k_time[layer][row],
+            self._rotated_to[layer][row], self._scratch[layer][row], self._scratch[0][row], prompt, plan,
+        )  # fmt: skip
 
     def fork(self, src: int, dst: Sequence[int]) -> None:
         """Copy row ``src`` onto rows ``dst``: slots, table and positions."""
-        table = self.tables[src]
         for row in dst:
-            new = self.policy.new_table()
-            new.frames, new.is_sink = list(table.frames), list(table.is_sink)
-            new.descriptors = dict(table.descriptors)
-            self.tables[row] = new
+            self.tables[row] = self.tables[src].copy()
             for layer in range(self.model.num_layers):
                 for store in (self.k, self.v, self._k_time):
                     store[layer][row].copy_(store[layer][src])
                 self._rotated_to[layer][row] = list(self._rotated_to[layer][src])
+                self._scratch[layer][row] = {name: x.clone() for name, x in self._scratch[layer][src].items()}
 
     def clear(self) -> None:
         """Forget everything; used by the prompt switches ``flush`` and ``reset``."""
@@ -75,68 +82,144 @@ class KVCache:
         for layer in self._rotated_to:
             for row in layer:
                 row[:] = [None] * len(row)
+        self._scratch = [[{} for _ in layer] for layer in self._scratch]
 
     def keep_recent(self, num_frames: int, rows: Sequence[int] | None = None) -> None:
         """Keep the sinks and the newest ``num_frames`` of the window, packed; in all rows unless told which."""
         for row in range(self.num_rows) if rows is None else rows:
             table = self.tables[row]
-            window = [s for s, f in enumerate(table.frames) if f is not None and not table.is_sink[s]]
-            kept = sorted(window, key=lambda s: table.frames[s])[-num_frames:] if num_frames else []
-            moves = list(zip(sorted(kept), window, strict=False))  # (from, to), to <= from: safe in this order
-            for src, dst in moves:
-                table.frames[dst] = table.frames[src]
-                table.descriptors[dst] = table.descriptors.get(src)
-                for layer in range(self.model.num_layers):
-                    for store in (self.k, self.v, self._k_time):
-                        store[layer][row, dst].copy_(store[layer][row, src])
-                    self._rotated_to[layer][row][dst] = self._rotated_to[layer][row][src]
-            for slot in window[len(moves) :]:
-                table.frames[slot] = None
-                table.descriptors.pop(slot, None)
+            window = table.with_role("window")
+            kept = set(window[len(window) - num_frames :] if num_frames < len(window) else window)
+            for slot, role in enumerate(table.roles):
+                if role != "sink" and slot not in kept and table.frames[slot] is not None:
+                    table.empty(slot)
+            for src in sorted(kept):
+                free = [s for s in range(src) if table.frames[s] is None and table.roles[s] != "sink"]
+                if free:
+                    self._move(row, src, free[0])
+
+    def _move(self, row: int, src: int, dst: int) -> None:
+        """Slot ``src`` becomes slot ``dst``, which must be empty."""
+        table = self.tables[row]
+        table.frames[dst], table.roles[dst] = table.frames[src], table.roles[src]
+        if src in table.descriptors:
+            table.descriptors[dst] = table.descriptors[src]
+        table.empty(src)
+        for layer in range(self.model.num_layers):
+            self.layer_slots(layer, row).copy(src, dst)
 
     def describe(self, row: int = 0) -> list[dict[str, Any]]:
         """Filled slots as dicts (slot, role, frame, position), for pictures of the cache."""
         table, at = self.tables[row], self._rotated_to[-1][row]
         return [
-            {"slot": s, "role": "sink" if table.is_sink[s] else "window", "frame": f, "position": at[s]}
+            {"slot": s, "role": table.roles[s], "frame": f, "position": at[s]}
             for s, f in enumerate(table.frames)
             if f is not None
         ]
 
 
+@dataclass(slots=True)
+class LayerSlots:
+    """One row's slots in one layer: what edits and readers of a policy work on.
+
+    Tensors are views of the storage. A key is held twice in its temporal columns: rotated in ``k``, raw in ``k_time``.
+    """
+
+    layer: int
+    model: ModelConfig
+    k: Tensor
+    """[slots, P, n, d], temporal columns rotated to ``at``."""
+    v: Tensor
+    """[slots, P, n, d]."""
+    k_time: Tensor
+    """[slots, P, n, t]: the temporal columns of ``k`` before rotation."""
+    at: list[int | None]
+    """Position each slot is rotated to; None: not rotated yet, or tokens of several positions."""
+    scratch: dict[str, Tensor]
+    """A policy's own tensors of this layer, kept between forwards and copied by a fork."""
+    shared: dict[str, Tensor]
+    """The same of layer 0, for what all layers share."""
+    prompt: Any
+    """The row's ``PromptContext``."""
+    plan: RowPlan | None
+    """What this forward does."""
+
+    def raw_keys(self, slots: Sequence[int] | int) -> Tensor:
+        """Keys without temporal rotation, [len(slots), P, n, d], a copy."""
+        width = self.k_time.shape[-1]
+        return torch.cat([self.k_time[slots], self.k[slots][..., width:]], dim=-1)
+
+    def put(self, slot: int, k: Tensor, v: Tensor) -> None:
+        """Fill a slot with raw keys and values [P, n, d]; it is rotated when next read."""
+        width = self.k_time.shape[-1]
+        self.k[slot, ..., width:], self.k_time[slot], self.v[slot] = k[..., width:], k[..., :width], v
+        self.at[slot] = None
+
+    def copy(self, src: int, dst: int) -> None:
+        """Slot ``dst`` becomes a copy of ``src``."""
+        for store in (self.k, self.v, self.k_time):
+            store[dst].copy_(store[src])
+        self.at[dst] = self.at[src]
+
+    def turn(self, slots: Sequence[int], positions: Sequence[int | None]) -> None:
+        """Rotate slots to their positions where they are not there yet; None leaves a slot as it is."""
+        width = self.k_time.shape[-1]
+        for slot, position in zip(slots, positions, strict=True):
+            if position is not None and self.at[slot] != position:
+                turn = temporal_rotation((position,), self.model.rope_columns, self.k.dtype, self.k.device)
+                self.k[slot, ..., :width] = rotate(self.k_time[slot], turn)
+                self.at[slot] = position
+
+    def tokens(self, slots: Sequence[int] | None, num_visible: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [N * P, n, d] of some slots; of the first ``num_visible`` without a copy."""
+        if slots is None:
+            return self.k[:num_visible].flatten(0, 1), self.v[:num_visible].flatten(0, 1)
+        return self.k[list(slots)].flatten(0, 1), self.v[list(slots)].flatten(0, 1)
+
+
 class CacheView:
     """One row of one forward: writes the chunk's keys and values, returns everything visible."""
 
-    def __init__(self, cache: KVCache, row: int, plan: RowPlan) -> None:
-        self.cache, self.row, self.plan = cache, row, plan
+    def __init__(self, cache: KVCache, row: int, plan: RowPlan, prompt: Any = None) -> None:
+        self.cache, self.row, self.plan, self.prompt = cache, row, plan, prompt
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Store the chunk and bring moved slots to their position.
 
         Args:
             k: [F * P, n, d], spatial RoPE applied, temporal RoPE not.
             v: [F * P, n, d].
+            q: [F * P, n, d], fully rotated; only edits look at it.
 
         Returns:
-            Visible keys (fully rotated) and values, each [N * P, n, d] (views of the storage, no copy).
+            Visible keys (fully rotated) and values, each [N * P, n, d] (views of the storage, no copy, where the
+            visible slots are the first ones).
         """
-        cache, row, plan = self.cache, self.row, self.plan
-        keys, values, time = cache.k[layer][row], cache.v[layer][row], cache._k_time[layer][row]
-        at = cache._rotated_to[layer][row]
-        width = time.shape[-1]
-        k_frames = k.unflatten(0, (-1, cache.tokens_per_frame))  # [F, P, n, d]
-        v_frames = v.unflatten(0, (-1, cache.tokens_per_frame))
+        return self._store(layer, k, v, q).tokens(self.plan.visible, self.plan.num_visible)
+
+    def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Read]:
+        """``update``, then what each group of heads attends to."""
+        plan, slots = self.plan, self._store(layer, k, v, q)
+        if plan.reader is not None:
+            return plan.reader(slots, q)
+        bias = None
+        if plan.bias is not None:
+            per_slot = torch.tensor(plan.bias, dtype=q.dtype, device=q.device)
+            bias = per_slot.repeat_interleave(self.cache.tokens_per_frame)
+        return [Read(*slots.tokens(plan.visible, plan.num_visible), bias)]
+
+    def _store(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> LayerSlots:
+        plan, slots = self.plan, self.cache.layer_slots(layer, self.row, self.prompt, self.plan)
+        k_frames = k.unflatten(0, (-1, self.cache.tokens_per_frame))  # [F, P, n, d]
+        v_frames = v.unflatten(0, (-1, self.cache.tokens_per_frame))
+        if plan.edits:
+            q_frames = None if q is None else q.unflatten(0, (-1, self.cache.tokens_per_frame))
+            for edit in plan.edits:
+                edit(slots, q_frames, k_frames, v_frames)
         for slot, j in plan.writes:
-            keys[slot, ..., width:] = k_frames[j, ..., width:]
-            time[slot] = k_frames[j, ..., :width]
-            values[slot] = v_frames[j]
-            at[slot] = None
-        for slot, position in enumerate(plan.slot_positions):
-            if at[slot] != position:
-                turn = temporal_rotation((position,), cache.model.rope_columns, keys.dtype, keys.device)
-                keys[slot, ..., :width] = rotate(time[slot], turn)
-                at[slot] = position
-        return keys[: plan.num_visible].flatten(0, 1), values[: plan.num_visible].flatten(0, 1)
+            slots.put(slot, k_frames[j], v_frames[j])
+        slots.turn(range(plan.num_visible) if plan.visible is None else plan.visible, plan.slot_positions)
+        return slots
 
     def query_rotation(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Temporal multiplier [F, columns] of the chunk's queries."""

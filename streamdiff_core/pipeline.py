@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,6 +96,7 @@ class StreamPipeline:
         schedule: str | None = None,
         clean_pass: bool | None = None,
         policy: str = "sink",
+        policy_options: Mapping[str, Any] | None = None,
         cache: CacheConfig | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -118,6 +121,7 @@ class StreamPipeline:
             schedule=p.schedule.kind if schedule is None else schedule,
             clean_pass=p.schedule.clean_pass if clean_pass is None else clean_pass,
             policy=policy,
+            policy_options=dict(policy_options or {}),
             cache=p.cache if cache is None else cache,
             width=p.width if width is None else width,
             height=p.height if height is None else height,

@@ -22,6 +22,7 @@ from streamdiff_core.denoiser import Denoiser
 from streamdiff_core.flow import select_steps, spaced_steps
 from streamdiff_core.frames import check_frames, frames_to_tensor, resize_and_crop, tensor_to_frames
 from streamdiff_core.kv_cache import KVCache
+from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.kv_policies.sink import describe_content
 from streamdiff_core.noise_controller import decide
 from streamdiff_core.stream_options import SWITCHES, Prompt, StreamOptions, StreamStats
@@ -147,14 +148,18 @@ class StreamSession:
             prompt: text, or {text: weight} to mix.
             on_switch: ``keep`` the cache; ``recache`` it (one joint forward per cache row over what it holds,
                 new prompt, SEEDS §3.3); ``flush`` all but the sinks and the last two frames, one if the window
-                is 3 or shorter (SEEDS §3.5); ``reset``: finish what is in flight, then go on with an empty cache.
+                is 3 or shorter (SEEDS §3.5); ``reset``: finish what is in flight, then go on with an empty cache;
+                ``cut``: tell the policy that the scene changes here, for policies with a rule for it.
 
         Raises:
-            ValueError: unknown ``on_switch``.
+            ValueError: unknown ``on_switch``, or one the policy has no rule for.
         """
         self._check_open()
         if on_switch not in SWITCHES:
             raise ValueError(f"unknown on_switch {on_switch!r}; use one of {', '.join(SWITCHES)}")
+        if on_switch not in self.cache.policy.switches:
+            known = ", ".join(name for name, cls in POLICIES.items() if on_switch in cls.switches)
+            raise ValueError(f"policy {self.options.policy!r} has no rule for on_switch={on_switch!r}; use {known}")
         self._prompt = self.pipe.encode_prompt(prompt)
         self._switch = on_switch
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from streamdiff_core.config import CacheConfig, Preset
-from streamdiff_core.kv_policies import POLICIES
+from streamdiff_core.kv_policies import make_policy
 from streamdiff_core.schedules import SCHEDULES
 
 Prompt = str | Mapping[str, float]
-SWITCHES = ("keep", "recache", "flush", "reset")
+SWITCHES = ("keep", "recache", "flush", "reset", "cut")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +32,8 @@ class StreamOptions:
     """Sequential only: rewrite the cache with clean latents after each chunk."""
     policy: str = "sink"
     """Name of the KV policy."""
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
+    """Knobs of the policy by name; plain values, so that a recipe can hold them."""
     cache: CacheConfig = CacheConfig()
     """Sinks, window, positions."""
     width: int = 256
@@ -90,9 +92,9 @@ def check_options(options: StreamOptions, preset: Preset) -> None:
         raise ValueError(f"noise_scale must lie in (0, 1], got {o.noise_scale}; 0.5 is a good start")
     if o.width % multiple or o.height % multiple or min(o.width, o.height) < 64:
         raise ValueError(f"width and height must be multiples of {multiple} from 64 on, got {o.width}x{o.height}")
-    for what, value, known in (("schedule", o.schedule, SCHEDULES), ("policy", o.policy, POLICIES)):
-        if value not in known:
-            raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+    if o.schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {o.schedule!r}; known: {', '.join(SCHEDULES)}")
+    policy = make_policy(o.policy, o.cache, o.policy_options)
     if o.mode not in ("v2v", "t2v"):
         raise ValueError(f"mode must be 'v2v' or 't2v', got {o.mode!r}")
     if o.mode == "t2v" and not preset.text_to_video:
@@ -104,5 +106,6 @@ def check_options(options: StreamOptions, preset: Preset) -> None:
             f"the window of {o.cache.window_frames} latent frames, and the first one, which has one more, the cache "
             f"of {o.cache.cache_frames}; raise window_frames"
         )
+    policy.check(o.latent_frames_per_chunk)
     if o.clean_pass and o.schedule != "sequential":
         raise ValueError("clean_pass needs schedule='sequential'")

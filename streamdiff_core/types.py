@@ -27,18 +27,54 @@ class VideoReadError(RuntimeError):
     """A video could not be read."""
 
 
+@dataclass(slots=True)
+class Read:
+    """Keys and values that one group of heads attends to."""
+
+    keys: Tensor
+    """[N, n, d], fully rotated."""
+    values: Tensor
+    """[N, n, d]."""
+    bias: Tensor | None = None
+    """Added to the attention logits, broadcastable to [n, L, N]."""
+    heads: Sequence[int] | None = None
+    """Heads these keys belong to; None: all."""
+
+
+Edit = Any
+"""``(slots: LayerSlots, q, k, v) -> None``: work on one layer's slots before the chunk is written; q, k, v are the
+chunk's [F, P, n, d], q fully rotated, k without time."""
+Reader = Any
+"""``(slots: LayerSlots, q) -> list[Read]``: what this layer's heads attend to, after the chunk is written."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """What one row of one forward reads and writes, decided on the host before the first layer runs."""
+    """What one row of one forward reads and writes, decided on the host before the first layer runs.
+
+    The plain case is the first four fields: no copy is made and nothing else runs.
+    """
 
     writes: tuple[tuple[int, int], ...]
     """(slot, offset of the latent frame within the chunk) pairs to write."""
     num_visible: int
-    """Slots 0 … num_visible - 1 are attended to."""
-    slot_positions: tuple[int, ...]
-    """Temporal position of each visible slot."""
+    """How many slots are attended to: slots 0 … num_visible - 1 unless ``visible`` names them."""
+    slot_positions: tuple[int | None, ...]
+    """Temporal position of each visible slot; None leaves its tokens as they are turned."""
     query_positions: tuple[int, ...]
     """Temporal position of each latent frame of the chunk."""
+    visible: tuple[int, ...] | None = None
+    """The slots attended to, where they are not simply the first ones."""
+    bias: tuple[float, ...] | None = None
+    """Added to the attention logits, per visible slot."""
+    edits: tuple[Edit, ...] = ()
+    """What happens to slots before the chunk is written: copies, blends, selections of tokens."""
+    reader: Reader | None = None
+    """Replaces the plain read of the visible slots."""
+
+
+TOKENS = -1
+"""Entry of ``SlotTable.frames`` for a slot that holds tokens of several latent frames."""
 
 
 @dataclass(slots=True)
@@ -46,25 +82,54 @@ class SlotTable:
     """Which latent frame each slot of one cache row holds; plain integers."""
 
     frames: list[int | None]
-    """Latent frame per slot, None while empty."""
-    is_sink: list[bool]
-    """Whether the slot is pinned."""
+    """Latent frame per slot, None while empty, ``TOKENS`` for a mixture."""
+    roles: list[str]
+    """Why a slot is kept: ``sink``, ``memory``, ``window`` … ; the one it was made for while empty."""
     descriptors: dict[int, Any] = field(default_factory=dict)
     """Unit-length content descriptor per slot, for adaptive sinks."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What else a policy remembers about the row; values are replaced, never changed in place."""
+
+    @property
+    def is_sink(self) -> list[bool]:
+        """Whether each slot is pinned."""
+        return [role == "sink" for role in self.roles]
 
     @property
     def num_filled(self) -> int:
-        """Slots in use; they are always the first ones."""
+        """Slots in use."""
         return sum(f is not None for f in self.frames)
+
+    @property
+    def newest(self) -> int:
+        """Newest latent frame held, -1 without any."""
+        return max((f for f in self.frames if f is not None), default=-1)
 
     def slots_of(self, frame_idx: int) -> list[int]:
         """Slots that hold a latent frame (more than one after a paper-form sink refresh)."""
         return [slot for slot, f in enumerate(self.frames) if f == frame_idx]
 
+    def with_role(self, role: str) -> list[int]:
+        """Filled slots of one role, oldest frame first."""
+        slots = [s for s, f in enumerate(self.frames) if f is not None and self.roles[s] == role]
+        return sorted(slots, key=lambda s: self.frames[s])
+
+    def empty(self, slot: int) -> None:
+        """Forget what a slot holds."""
+        self.frames[slot] = None
+        self.descriptors.pop(slot, None)
+
+    def copy(self) -> SlotTable:
+        """An independent table with the same content."""
+        return SlotTable(list(self.frames), list(self.roles), dict(self.descriptors), dict(self.notes))
+
 
 @runtime_checkable
 class KVPolicy(Protocol):
     """Decides what a row of the cache keeps and at which temporal position it is read."""
+
+    switches: tuple[str, ...]
+    """Prompt switches the policy can carry out."""
 
     @property
     def num_slots(self) -> int:
@@ -75,6 +140,12 @@ class KVPolicy(Protocol):
 
     def plan(self, table: SlotTable, frame_ids: Sequence[int], descriptor: Any = None) -> RowPlan:
         """Place a chunk (evicting only when its frames are new), update ``table`` and say what is visible."""
+
+    def before_chunk(self, table: SlotTable, switch: str | None) -> list[tuple[int, ...]]:
+        """A new chunk is about to enter, perhaps with a prompt switch: groups of held frames to compute again."""
+
+    def check(self, latent_frames_per_chunk: int) -> None:
+        """Refuse (``ValueError``, one sentence) a chunk length that the policy cannot hold."""
 
 
 @dataclass(slots=True)

@@ -13,9 +13,10 @@ import torch
 from random_pipeline import RANDOM_PRESET, moving_frames, random_pipeline, record_latents, stream
 from torch.testing import assert_close
 
-from streamdiff_core.session import SWITCHES
+from streamdiff_core.kv_policies import SinkPolicy
 from streamdiff_core.types import DecodedChunk, DenoisedChunk, EncodedChunk, StreamClosedError
 
+SWITCHES = SinkPolicy.switches  # "cut" needs a policy with a rule for it
 NUM_FRAMES = 49
 SWITCH_AFTER = 25  # 5 frames, then 5 times 4: chunk 6 is the first with the new prompt
 

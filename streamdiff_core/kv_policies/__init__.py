@@ -1,7 +1,17 @@
-"""KV-cache policies: each file is one rule for what attention may read. The registry maps names to classes."""
+"""KV-cache policies: each file is one rule for what attention may read, and registers it under its own file name.
 
-from streamdiff_core.kv_policies.sink import SinkPolicy
+Files are found, not listed: a new one needs no other edit. ``_rolling.py`` is the rule they vary.
+"""
 
-POLICIES = {"sink": SinkPolicy}
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["POLICIES", "SinkPolicy"]
+from streamdiff_core.kv_policies._registry import POLICIES, make_policy, policy
+from streamdiff_core.kv_policies._rolling import RollingPolicy
+
+for _module in sorted(m.name for m in iter_modules(__path__) if not m.name.startswith("_")):
+    import_module(f"{__name__}.{_module}")
+
+SinkPolicy = POLICIES["sink"]
+
+__all__ = ["POLICIES", "RollingPolicy", "SinkPolicy", "make_policy", "policy"]

@@ -1,0 +1,205 @@
+"""Every streaming mechanism in one list, read from the code that implements it: ``list_mechanisms()``.
+
+A mechanism is a class whose docstring is laid out like this (sections may be missing, lines of a section are indented):
+
+    One sentence that says what it does.
+
+    The rule, in free text.
+
+    Paper: name of the system and section.
+    Training-free: yes | runs, … | no, …
+    Cost: relative to the plain sink.
+    Look for: what a viewer should see.
+    Deviates: from the paper or the released code, and why.
+
+Its knobs are its dataclass fields (each with a docstring line below it), or the keyword-only parameters of its
+``__init__``. ``python -m streamdiff_core.mechanisms`` prints ``docs/MECHANISMS.md``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+import textwrap
+from typing import Any
+
+from streamdiff_core.kv_policies import POLICIES
+from streamdiff_core.schedules import SCHEDULES
+
+SECTIONS = ("Paper", "Training-free", "Cost", "Look for", "Deviates")
+INPUTS: dict[str, type] = {}
+"""Input-side mechanisms by name."""
+
+WAITING = {
+    "hybrid_forcing": ("Linear-attention state of evicted chunks", "Hybrid Forcing (SEEDS §3.16)",
+                       "its state enters through a projection that starts at zero; waits for the Hybrid Forcing checkpoint"),
+    "adastate": ("Hidden anchor frame denoised with every chunk", "AdaState (SEEDS §3.16)",
+                 "the hidden state is trained; no checkpoint has been published"),
+    "shotstream": ("Global + local cache with a temporal phase per shot", "ShotStream (SEEDS §3.16)",
+                   "dual cache and phase offset are trained in; waits for the ShotStream checkpoint"),
+    "svi": ("Error-recycling fine-tuning", "Stable Video Infinity (SEEDS §3.16)",
+            "there is no rule at inference time; waits for its LoRA on a causal Wan"),
+    "sana": ("Gated-delta linear blocks", "SANA-Streaming (SEEDS §3.16)",
+             "another architecture; waits for a loader of the SANA-Streaming checkpoint"),
+    "streamdit": ("Moving buffer of frames at rising noise levels", "StreamDiT (SEEDS §4)",
+                  "trained with its buffer, own 4B model; no checkpoint has been published"),
+}  # fmt: skip
+"""Mechanisms that need weights of their own: title, paper, reason and what they wait for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Knob:
+    """One setting of a mechanism."""
+
+    name: str
+    """Name in ``policy_options``, or the keyword argument."""
+    default: Any
+    """Value when nothing is said."""
+    summary: str
+    """First line of its docstring."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Mechanism:
+    """What a reader wants to know about one mechanism."""
+
+    name: str
+    """Name in the registry."""
+    kind: str
+    """``policy``, ``schedule`` or ``input``."""
+    title: str
+    """One sentence."""
+    paper: str
+    """Where it comes from."""
+    knobs: tuple[Knob, ...] = ()
+    """Settings with defaults."""
+    training_free: str = ""
+    """``yes``, ``runs`` (weights tuned for it do better) or ``no``, with a reason."""
+    cost: str = ""
+    """Relative to the plain sink."""
+    look_for: str = ""
+    """What a viewer should see."""
+    deviates: str = ""
+    """From the paper or the released code."""
+    is_available: bool = True
+    """False where it waits for weights of its own."""
+
+
+def list_mechanisms() -> list[Mechanism]:
+    """All mechanisms: policies, schedules, input side, and those that wait for weights."""
+    registries = (("policy", POLICIES), ("schedule", SCHEDULES), ("input", INPUTS))
+    found = [describe(name, kind, cls) for kind, known in registries for name, cls in sorted(known.items())]
+    waiting = [
+        Mechanism(
+            name=name, kind="schedule" if name == "streamdit" else "policy", title=title, paper=paper,
+            training_free=f"no: {reason}", is_available=False,
+        )
+        for name, (title, paper, reason) in WAITING.items()
+    ]  # fmt: skip
+    return found + waiting
+
+
+def describe(name: str, kind: str, cls: type) -> Mechanism:
+    """One mechanism from its class."""
+    title, sections = read_docstring(cls)
+    return Mechanism(
+        name=name, kind=kind, title=title, knobs=read_knobs(cls), paper=sections.get("Paper", ""),
+        training_free=sections.get("Training-free", ""), cost=sections.get("Cost", ""),
+        look_for=sections.get("Look for", ""), deviates=sections.get("Deviates", ""),
+    )  # fmt: skip
+
+
+def read_docstring(cls: type) -> tuple[str, dict[str, str]]:
+    """First paragraph in one line, and the text of each section."""
+    text = inspect.getdoc(cls) or ""
+    title = " ".join(text.split("\n\n")[0].split())
+    pattern = rf"^({'|'.join(SECTIONS)}): (.*(?:\n[ \t]+.*)*)"
+    return title, {name: " ".join(body.split()) for name, body in re.findall(pattern, text, flags=re.M)}
+
+
+def read_knobs(cls: type) -> tuple[Knob, ...]:
+    """Dataclass fields (the cache configuration is not one), else keyword-only parameters with a default."""
+    if not dataclasses.is_dataclass(cls):
+        parameters = inspect.signature(cls).parameters.values()
+        found = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
+    else:
+        found = [(f.name, _default(f)) for f in dataclasses.fields(cls) if f.name != "config" and _has_default(f)]
+    summaries: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        summaries |= _field_docstrings(base)
+    return tuple(Knob(name=name, default=default, summary=summaries.get(name, "")) for name, default in found)
+
+
+def _has_default(f: dataclasses.Field) -> bool:
+    return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default is not dataclasses.MISSING else f.default_factory()
+
+
+def _field_docstrings(cls: type) -> dict[str, str]:
+    """The string literal below each annotated field, in one line."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return {}
+    found = {}
+    for line, below in zip(tree.body, tree.body[1:], strict=False):
+        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and is_text:
+            found[line.target.id] = " ".join(str(below.value.value).split())
+    return found
+
+
+def as_markdown() -> str:
+    """``docs/MECHANISMS.md``."""
+    titles = {
+        "policy": "KV policies: what attention may read",
+        "schedule": "Schedules: which forwards, in which order",
+        "input": "Input side",
+    }
+    mechanisms = list_mechanisms()
+    lines = [
+        "# Mechanisms",
+        "",
+        "Generated by `python -m streamdiff_core.mechanisms > docs/MECHANISMS.md` from the docstrings; do not edit.",
+        "SEEDS numbers are sections of the project's notes on the published systems.",
+    ]
+    for kind, heading in titles.items():
+        available = [m for m in mechanisms if m.kind == kind and m.is_available]
+        if available:
+            lines += ["", f"## {heading}", "", "| name | what it does | training-free | cost |", "|---|---|---|---|"]
+            lines += [f"| [`{m.name}`](#{m.name}) | {m.title} | {m.training_free} | {m.cost} |" for m in available]
+            lines += [line for m in available for line in _entry(m)]
+    lines += [
+        "",
+        "## Waiting for weights of their own",
+        "",
+        "| name | what it does | paper | reason |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{m.name}` | {m.title} | {m.paper} | {m.training_free.removeprefix('no: ')} |"
+        for m in mechanisms
+        if not m.is_available
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _entry(m: Mechanism) -> list[str]:
+    facts = {"Paper": m.paper, "Look for": m.look_for, "Deviates": m.deviates}
+    lines = ["", f"### {m.name}", "", m.title]
+    lines += [""] if any(facts.values()) else []
+    lines += [f"- **{what}**: {text}" for what, text in facts.items() if text]
+    if m.knobs:
+        lines += ["", "| knob | default | meaning |", "|---|---|---|"]
+        lines += [f"| `{k.name}` | `{k.default!r}` | {k.summary} |" for k in m.knobs]
+    return lines
+
+
+if __name__ == "__main__":
+    sys.stdout.write(as_markdown())
