@@ -23,7 +23,7 @@ from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.rope import rotate, temporal_rotation
 from streamdiff_core.timing import percentile
-from streamdiff_core.types import KVPolicy, RowOp, RowPlan
+from streamdiff_core.types import KVPolicy, Read, RowOp, RowPlan
 
 
 class EagerView:
@@ -40,8 +40,8 @@ class EagerView:
         """Decide what the next forward writes and sees."""
         self.plan = self.policy.plan(self.table, frame_ids)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Same contract as ``CacheView.update``."""
+    def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Read]:
+        """Same contract as ``CacheView.read``, for plans without edits."""
         tokens = self.k.shape[2]
         for slot, j in self.plan.writes:
             self.k[layer, slot] = k[j * tokens : (j + 1) * tokens]
@@ -49,7 +49,7 @@ class EagerView:
         seen = self.plan.num_visible
         turn = temporal_rotation(self.plan.slot_positions, self.columns, k.dtype, k.device)  # [N, columns]
         keys = rotate(self.k[layer, :seen], turn[:, None])
-        return keys.flatten(0, 1), self.v[layer, :seen].flatten(0, 1)
+        return [Read(keys.flatten(0, 1), self.v[layer, :seen].flatten(0, 1))]
 
     def query_rotation(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Same contract as ``CacheView.query_rotation``."""

@@ -34,18 +34,30 @@ INPUTS: dict[str, type] = {}
 """Input-side mechanisms by name."""
 
 WAITING = {
-    "hybrid_forcing": ("Linear-attention state of evicted chunks", "Hybrid Forcing (SEEDS §3.16)",
-                       "its state enters through a projection that starts at zero; waits for the Hybrid Forcing checkpoint"),
-    "adastate": ("Hidden anchor frame denoised with every chunk", "AdaState (SEEDS §3.16)",
-                 "the hidden state is trained; no checkpoint has been published"),
-    "shotstream": ("Global + local cache with a temporal phase per shot", "ShotStream (SEEDS §3.16)",
-                   "dual cache and phase offset are trained in; waits for the ShotStream checkpoint"),
-    "svi": ("Error-recycling fine-tuning", "Stable Video Infinity (SEEDS §3.16)",
-            "there is no rule at inference time; waits for its LoRA on a causal Wan"),
-    "sana": ("Gated-delta linear blocks", "SANA-Streaming (SEEDS §3.16)",
-             "another architecture; waits for a loader of the SANA-Streaming checkpoint"),
-    "streamdit": ("Moving buffer of frames at rising noise levels", "StreamDiT (SEEDS §4)",
-                  "trained with its buffer, own 4B model; no checkpoint has been published"),
+    "hybrid_forcing": (
+        "Linear-attention state of evicted chunks", "Hybrid Forcing (SEEDS §3.16)",
+        "its state enters through a projection that starts at zero; waits for the Hybrid Forcing checkpoint",
+    ),
+    "adastate": (
+        "Hidden anchor frame denoised with every chunk", "AdaState (SEEDS §3.16)",
+        "the hidden state is trained; no checkpoint was found",
+    ),
+    "shotstream": (
+        "Global + local cache with a temporal phase per shot", "ShotStream (SEEDS §3.16)",
+        "dual cache and phase offset are trained in; waits for the ShotStream checkpoint",
+    ),
+    "svi": (
+        "Error-recycling fine-tuning", "Stable Video Infinity (SEEDS §3.16)",
+        "there is no rule at inference time; waits for its LoRA on a causal Wan",
+    ),
+    "sana": (
+        "Gated-delta linear blocks", "SANA-Streaming (SEEDS §3.16)",
+        "another architecture; waits for a loader of the SANA-Streaming checkpoint",
+    ),
+    "streamdit": (
+        "Moving buffer of frames at rising noise levels", "StreamDiT (SEEDS §4)",
+        "trained with its buffer, own 4B model; no checkpoint was found",
+    ),
 }  # fmt: skip
 """Mechanisms that need weights of their own: title, paper, reason and what they wait for."""
 
