@@ -7,6 +7,7 @@ schedule says which forwards; the engine runs them; this object owns what lies b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,59 +31,87 @@ class Denoiser:
     """Schedule + cache + kept inputs of one stream."""
 
     def __init__(self, engine: Engine, preset: Preset, options: StreamOptions, tokens_per_frame: int) -> None:
-        self.engine, self.options, self._settings = engine, options, preset.schedule
-        self._table = sigma_table(preset.schedule.shift) if preset.schedule.use_sigma_table else None
-        self.schedule = self.new_schedule()
-        model = engine.transformer
-        self.cache = KVCache(
-            model.config,
-            make_policy(options.policy, options.cache, options.policy_options),
-            num_rows=self.schedule.num_cache_rows,
-            tokens_per_frame=tokens_per_frame,
-            dtype=model.dtype,
-            device=model.device,
-        )
+        self.engine, self.options, self._tokens_per_frame = engine, options, tokens_per_frame
+        self._noise_mode, self.sigma_of = preset.schedule.noise, sigma_from_timestep
+        if preset.schedule.use_sigma_table:
+            self.sigma_of = partial(nearest_table_sigma, table=sigma_table(preset.schedule.shift))
         self._num_real: dict[int, int] = {}
-        self._inputs: list[dict[int, tuple[Tensor, float]]] = [{} for _ in range(self.schedule.num_cache_rows)]
         self._switch_at: dict[int, str] = {}
+        self._noise_of: dict[int, NoiseSource] = {}
+        self.schedule = self.new_schedule()
+        self.cache = self._new_cache()
+        self._inputs: list[dict[int, tuple[Tensor, float]]] = [{} for _ in range(self.cache.num_rows)]
 
     def new_schedule(self) -> DenoiseSchedule:
         """The stream's schedule, empty."""
-        o = self.options
-        stepper = Stepper(NoiseSource(o.seed, self._settings.noise), self.sigma_of)
+        o, noise_of = self.options, self._noise_of  # no reference to self: freed as soon as the stream is
+        stepper = Stepper(lambda chunk_idx, *rest: noise_of[chunk_idx](chunk_idx, *rest), self.sigma_of)
         kwargs = {"clean_pass": o.clean_pass} if o.schedule == "sequential" else {}
         return SCHEDULES[o.schedule](stepper, o.steps, **kwargs)
+
+    def _new_cache(self) -> KVCache:
+        model = self.engine.transformer
+        return KVCache(
+            model.config,
+            make_policy(self.options.policy, self.options.cache, self.options.policy_options),
+            num_rows=self.schedule.num_cache_rows,
+            tokens_per_frame=self._tokens_per_frame,
+            dtype=model.dtype,
+            device=model.device,
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of the cache and of the inputs kept for re-caching."""
         return self.cache.nbytes + sum(x.numel() * x.element_size() for row in self._inputs for x, _ in row.values())
 
-    def sigma_of(self, timestep: float) -> float:
-        """Noise level the model works with at a timestep (the reference looks it up in a table, SPEC §4)."""
-        if self._table is None:
-            return sigma_from_timestep(timestep)
-        return nearest_table_sigma(timestep, self._table)
-
     def advance(self, chunk: Chunk | None, switch: str | None = None) -> list[DenoisedChunk]:
         """Enter one chunk (None: flush one tick), with a prompt switch if one begins with it."""
         done: list[DenoisedChunk] = []
         if chunk is not None:
+            done = self._set_options(chunk.options or self.options)
             if switch == "reset":
-                done = self._reset()
+                done += self._reset()
             elif switch is not None:
                 self._switch_at[chunk.chunk_idx] = switch
             self._num_real[chunk.chunk_idx] = chunk.num_frames
+            self._noise_of[chunk.chunk_idx] = NoiseSource(self.options.seed, self._noise_mode)
         return done + self._tick(chunk)
 
     def _reset(self) -> list[DenoisedChunk]:
         """Finish what is in flight, then forget everything."""
-        done: list[DenoisedChunk] = []
-        while self.schedule.num_in_flight:
-            done += self._tick(None)
+        done = self._finish()
         self.schedule = self.new_schedule()
         self.cache.clear()
         self._inputs = [{} for _ in self._inputs]
+        return done
+
+    def _set_options(self, options: StreamOptions) -> list[DenoisedChunk]:
+        """Go on under other options; where schedule or cache change, finish what is in flight and build them anew.
+
+        The next chunk then counts as a first one: it takes its steps in turn on one row, leaves at once and fills
+        the other rows. Its past is what the last cache row held, the one that finished chunks leave through; under
+        another policy it has none.
+        """
+        built_from = ("steps", "schedule", "clean_pass", "policy", "policy_options", "cache")
+        if all(getattr(options, name) == getattr(self.options, name) for name in built_from):
+            self.options = options
+            return []
+        done = self._finish()
+        past, inputs, carries = self.cache, self._inputs[-1], options.policy == self.options.policy
+        self.options = options
+        self.schedule = self.new_schedule()
+        self.cache = self._new_cache()
+        if carries:
+            self.cache.take_over(past, past.num_rows - 1)
+        held = set(self.cache.tables[0].frames)
+        self._inputs = [{f: x for f, x in inputs.items() if f in held} for _ in range(self.cache.num_rows)]
+        return done
+
+    def _finish(self) -> list[DenoisedChunk]:
+        done: list[DenoisedChunk] = []
+        while self.schedule.num_in_flight:
+            done += self._tick(None)
         return done
 
     def _tick(self, chunk: Chunk | None) -> list[DenoisedChunk]:
@@ -101,6 +130,7 @@ class Denoiser:
             elif isinstance(event, Emit):
                 num_frames = self._num_real.pop(event.chunk_idx)
                 self._switch_at.pop(event.chunk_idx, None)
+                del self._noise_of[event.chunk_idx]
                 done.append(DenoisedChunk(event.chunk_idx, event.latents, num_frames))
 
     def _forward(self, rows: list[RowOp]) -> list[Tensor]:

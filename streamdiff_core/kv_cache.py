@@ -19,7 +19,7 @@ from torch import Tensor
 
 from streamdiff_core.config import ModelConfig
 from streamdiff_core.rope import rotate, temporal_rotation
-from streamdiff_core.types import KVPolicy, Read, RowPlan
+from streamdiff_core.types import TOKENS, KVPolicy, Read, RowPlan
 
 
 class KVCache:
@@ -69,12 +69,42 @@ class KVCache:
     def fork(self, src: int, dst: Sequence[int]) -> None:
         """Copy row ``src`` onto rows ``dst``: slots, table and positions."""
         for row in dst:
-            self.tables[row] = self.tables[src].copy()
-            for layer in range(self.model.num_layers):
-                for store in (self.k, self.v, self._k_time):
-                    store[layer][row].copy_(store[layer][src])
-                self._rotated_to[layer][row] = list(self._rotated_to[layer][src])
-                self._scratch[layer][row] = {name: x.clone() for name, x in self._scratch[layer][src].items()}
+            self._copy_row(self, src, row)
+
+    def take_over(self, other: KVCache, row: int) -> None:
+        """Fill all rows with what one row of another cache of this model holds.
+
+        Under an equal policy that is a copy. Under other settings its latent frames enter one by one, oldest first, as
+        if each had just come: the oldest become the sinks, the newest stay in the window. A policy that mixes or
+        rebuilds what it holds cannot take frames in this way: its cache stays empty.
+        """
+        if self.policy == other.policy:
+            self._copy_row(other, row, 0)
+        else:
+            self._admit_frames(other, row)
+        self.fork(0, range(1, self.num_rows))
+
+    def _copy_row(self, other: KVCache, src: int, dst: int) -> None:
+        self.tables[dst] = other.tables[src].copy()
+        for layer in range(self.model.num_layers):
+            for mine, theirs in ((self.k, other.k), (self.v, other.v), (self._k_time, other._k_time)):
+                mine[layer][dst].copy_(theirs[layer][src])
+            self._rotated_to[layer][dst] = list(other._rotated_to[layer][src])
+            self._scratch[layer][dst] = {name: x.clone() for name, x in other._scratch[layer][src].items()}
+
+    def _admit_frames(self, other: KVCache, row: int) -> None:
+        old, table, came_from = other.tables[row], self.policy.new_table(), {}
+        for frame in sorted({f for f in old.frames if f is not None}):
+            plan = None if frame == TOKENS else self.policy.plan(table, (frame,))
+            if plan is None or plan.edits:
+                return
+            came_from |= {slot: old.slots_of(frame)[0] for slot, _ in plan.writes}
+        table.descriptors = {dst: old.descriptors[src] for dst, src in came_from.items() if src in old.descriptors}
+        self.tables[0] = table
+        for layer in range(self.model.num_layers):
+            mine, theirs = self.layer_slots(layer, 0), other.layer_slots(layer, row)
+            for dst, src in came_from.items():
+                mine.put(dst, theirs.raw_keys(src), theirs.v[src])
 
     def clear(self) -> None:
         """Forget everything; used by the prompt switches ``flush`` and ``reset``."""

@@ -25,7 +25,7 @@ from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.kv_policies.sink import describe_content
 from streamdiff_core.noise_controller import decide
-from streamdiff_core.stream_options import SWITCHES, Prompt, StreamOptions, StreamStats
+from streamdiff_core.stream_options import SWITCHES, Prompt, StreamOptions, StreamStats, change_options
 from streamdiff_core.timing import LatencyTracker, StageTimer
 from streamdiff_core.types import (
     Chunk,
@@ -66,6 +66,7 @@ class StreamSession:
         self._previous: Tensor | None = None
         self._noise_scale, self._motion = o.noise_scale, 0.0
         self._recent: tuple[float, ...] = ()
+        self._evicted: set[int] = set()
         self._spare = np.empty((0, o.height, o.width, 3), np.uint8)
 
     # --- frames in, frames out ------------------------------------------------------------------------------
@@ -157,11 +158,28 @@ class StreamSession:
         self._check_open()
         if on_switch not in SWITCHES:
             raise ValueError(f"unknown on_switch {on_switch!r}; use one of {', '.join(SWITCHES)}")
-        if on_switch not in self.cache.policy.switches:
+        if on_switch not in POLICIES[self.options.policy].switches:
             known = ", ".join(name for name, cls in POLICIES.items() if on_switch in cls.switches)
             raise ValueError(f"policy {self.options.policy!r} has no rule for on_switch={on_switch!r}; use {known}")
         self._prompt = self.pipe.encode_prompt(prompt)
         self._switch = on_switch
+
+    def set_options(self, **changes: Any) -> None:
+        """Change options of the running stream from the next chunk on; none of its frames is lost or repeated.
+
+        ``noise_scale``, ``motion_adaptive`` and ``seed`` simply hold for the next chunks, ``deadline_ms`` for the
+        next frames out. For ``steps``, ``schedule``, ``clean_pass``, ``policy`` and ``cache`` (or its fields by
+        name) what is in flight is finished first and comes out with the next chunk, which then leaves at once too.
+        The cache is carried over (``KVCache.take_over``); only another policy starts with an empty one. VAE memory,
+        frame numbers, noise average and prompt go on.
+
+        Raises:
+            ValueError: unknown option, a value that cannot work, or one of width, height, mode and
+                latent_frames_per_chunk, which need a new stream. The stream is then as before.
+        """
+        self._check_open()
+        self.options = change_options(self.options, changes, self.pipe.preset)
+        self._latency.deadline_ms = self.options.deadline_ms
 
     def close(self) -> None:
         """Free the stream's state; later calls raise ``StreamClosedError``."""
@@ -210,6 +228,7 @@ class StreamSession:
             num_frames_in=self._num_in,
             num_frames_out=self._num_out,
             cache_slots=self.cache.describe(self.cache.num_rows - 1),
+            cache_evicted=sorted(self._evicted),
             nbytes=self.nbytes,
             noise_scale=self._noise_scale,
             motion=self._motion,
@@ -239,8 +258,11 @@ class StreamSession:
         chunk, switch = None if encoded is None else encoded.chunk, None
         if chunk is not None:
             chunk.prompt, switch, self._switch = self._prompt, self._switch, None
+        held = self._frames_held()
         with self.timer.stage("denoise", None if chunk is None else chunk.chunk_idx):
-            return self._denoiser.advance(chunk, switch)
+            done = self._denoiser.advance(chunk, switch)
+        self._evicted = held - self._frames_held()
+        return done
 
     @torch.inference_mode()
     def decode_chunk(self, denoised: DenoisedChunk) -> DecodedChunk:
@@ -258,6 +280,9 @@ class StreamSession:
         """Pixel frames of the next chunk."""
         group = self.pipe.preset.vae.temporal_stride * self.options.latent_frames_per_chunk
         return group + (1 if self._next_frame == 0 else 0)
+
+    def _frames_held(self) -> set[int]:
+        return {frame for frame in self._denoiser.cache.tables[-1].frames if frame is not None}
 
     def _advance(self, encoded: EncodedChunk | None) -> list[np.ndarray]:
         return [self.decode_chunk(d).frames for d in self.denoise_chunk(encoded)]
@@ -301,6 +326,7 @@ class StreamSession:
             prompt=self._prompt,
             num_frames=count,
             motion=self._motion,
+            options=self.options,
             descriptor=describe_content(latents) if self.options.cache.adaptive_sink != "off" else None,
         )
         self._next_frame += len(latents)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from streamdiff_core.config import CacheConfig, Preset
 from streamdiff_core.kv_policies import make_policy
+from streamdiff_core.plain_data import check_fields, from_plain
 from streamdiff_core.schedules import SCHEDULES
 
 Prompt = str | Mapping[str, float]
 SWITCHES = ("keep", "recache", "flush", "reset", "cut")
+FIXED_OPTIONS = ("width", "height", "mode", "latent_frames_per_chunk")
+"""Options that no running stream can change."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +77,8 @@ class StreamStats:
     """Frames returned."""
     cache_slots: list[dict[str, Any]]
     """Filled slots of the last cache row: slot, role, frame, position."""
+    cache_evicted: list[int]
+    """Latent frames that the last cache row held before the latest chunk and holds no more."""
     nbytes: int
     """Bytes of stream state."""
     noise_scale: float
@@ -84,6 +89,7 @@ class StreamStats:
 
 def check_options(options: StreamOptions, preset: Preset) -> None:
     """Refuse options that cannot work, in one sentence each."""
+    check_fields(options)
     o, multiple = options, preset.vae.spatial_stride * preset.model.patch_size[1]
     most = len(preset.schedule.timesteps) or 4
     if not 1 <= o.steps <= most:
@@ -109,3 +115,30 @@ def check_options(options: StreamOptions, preset: Preset) -> None:
     policy.check(o.latent_frames_per_chunk)
     if o.clean_pass and o.schedule != "sequential":
         raise ValueError("clean_pass needs schedule='sequential'")
+    if o.deadline_ms is not None and o.deadline_ms <= 0:
+        raise ValueError(f"deadline_ms must be above 0, or None for no deadline, got {o.deadline_ms}")
+
+
+def change_options(options: StreamOptions, changes: Mapping[str, Any], preset: Preset) -> StreamOptions:
+    """The options of a running stream with some of them changed.
+
+    Args:
+        changes: fields of ``StreamOptions``; those of ``CacheConfig`` may be named directly.
+
+    Raises:
+        ValueError: unknown name, an option that a running stream cannot change, or a value that cannot work.
+    """
+    own, cache_fields = ({f.name for f in fields(kind)} for kind in (StreamOptions, CacheConfig))
+    for name, value in changes.items():
+        if name not in own | cache_fields:
+            free = ", ".join(sorted((own | cache_fields).difference(FIXED_OPTIONS)))
+            raise ValueError(f"unknown option {name!r}; a running stream can change {free}")
+        if name in FIXED_OPTIONS and value != getattr(options, name):
+            raise ValueError(f"{name} cannot change while a stream runs; start a new stream with {name}={value!r}")
+    changed = replace(options, **{name: value for name, value in changes.items() if name in own})
+    check_fields(changed)
+    cache_changes = {name: value for name, value in changes.items() if name in cache_fields}
+    if cache_changes:
+        changed = replace(changed, cache=from_plain(CacheConfig, asdict(changed.cache) | cache_changes, "cache"))
+    check_options(changed, preset)
+    return changed

@@ -164,7 +164,8 @@ class LatencyTracker:
         history: int = 4096,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._clock, self._deadline_ms, self._warmup_outputs = clock, deadline_ms, warmup_outputs
+        self._clock, self._warmup_outputs = clock, warmup_outputs
+        self.deadline_ms = deadline_ms
         self._waiting: deque[float] = deque()
         self._latencies_ms: deque[float] = deque(maxlen=history)
         self._outputs: deque[tuple[float, int, float]] = deque(maxlen=history)  # (ready s, frames, mean latency ms)
@@ -196,8 +197,8 @@ class LatencyTracker:
         self._outputs.append((now, num_frames, sum(latencies) / num_frames))
         self._num_outputs += 1
         self._num_frames += num_frames
-        if self._deadline_ms is not None:
-            self._num_misses += sum(latency > self._deadline_ms for latency in latencies)
+        if self.deadline_ms is not None:
+            self._num_misses += sum(latency > self.deadline_ms for latency in latencies)
         if self._first_ready_s is None:
             self._first_ready_s = now
         if self._num_outputs == self._warmup_outputs:

@@ -218,6 +218,9 @@ class Chunk:
     motion: float = 0.0
     """Motion score of the chunk."""
     descriptor: Any = None
+    """Content descriptor of the chunk for adaptive sinks."""
+    options: Any = None
+    """``StreamOptions`` the chunk was made under; they hold from this chunk on. None: those before it."""
 
 
 @runtime_checkable

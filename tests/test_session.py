@@ -5,6 +5,7 @@ misused.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -281,6 +282,7 @@ def test_stats(pipe, frames):
     session = pipe.start("pencil", steps=2, deadline_ms=1e-6, noise_scale=0.7)
     before = session.stats
     assert (before.num_frames_in, before.num_frames_out, before.cache_slots) == (0, 0, [])
+    assert before.cache_evicted == []
     assert math.isnan(before.ttff_ms) and math.isnan(before.fps) and before.stage_ms == {}
     assert (before.noise_scale, before.motion) == (0.7, 0.0)
     session.push(frames[:30])
@@ -294,6 +296,7 @@ def test_stats(pipe, frames):
     assert [sorted(slot) for slot in stats.cache_slots] == [["frame", "position", "role", "slot"]] * 4
     assert [slot["role"] for slot in stats.cache_slots] == ["sink", "window", "window", "window"]
     assert {slot["frame"] for slot in stats.cache_slots} == {0, 4, 5, 6}  # the last row: frame 7 is in flight
+    assert stats.cache_evicted == [3]
     assert stats.nbytes == session.nbytes > session.cache.nbytes
     assert 0 < stats.motion <= 1 and 0.6 <= stats.noise_scale < 0.7
 
@@ -350,6 +353,75 @@ def test_set_prompt_refuses(pipe, frames):
     assert np.array_equal(out, stream(pipe.start("pencil"), frames[:21])[-len(out) :])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (dict(width=128), "width cannot change while a stream runs; start a new stream with width=128"),
+        (dict(mode="t2v"), "mode cannot change"),
+        (dict(latent_frames_per_chunk=2), "latent_frames_per_chunk cannot change"),
+        (dict(stepz=2), "unknown option 'stepz'; a running stream can change adaptive_sink"),
+        (dict(steps=9), "steps must be between 1 and 4, got 9"),
+        (dict(steps="2"), "steps must be a whole number, got '2'"),
+        (dict(steps=True), "steps must be a whole number, got True"),
+        (dict(steps=2.0), "steps must be a whole number, got 2.0"),
+        (dict(noise_scale=math.nan), "noise_scale must be a finite number"),
+        (dict(noise_scale=0), "noise_scale must lie in"),
+        (dict(motion_adaptive=1), "motion_adaptive must be true or false"),
+        (dict(deadline_ms=-1), "deadline_ms must be above 0"),
+        (dict(policy="none"), "unknown policy 'none'; known: sink"),
+        (dict(clean_pass=True), "clean_pass needs"),
+        (dict(cache={"sink_frames": 2}), "cache must be a CacheConfig"),
+        (dict(cache=2, sink_frames=2), "cache must be a CacheConfig, got 2"),
+        (dict(sink_frames=None), "sink_frames must be a whole number, got None"),
+        (dict(window_frames=0), "window_frames 0 >= 1"),
+        (dict(positions="sideways"), "positions must be one of absolute, packed"),
+        (dict(sink_frames=0, window_frames=1), "raise window_frames"),
+        (dict(seed=3, noise_scale=0.9, steps=9), "steps"),
+    ],
+    ids=str,
+)
+def test_set_options_refuses(pipe, frames, wrong, says):
+    """In one sentence, and the stream goes on as if nothing had been asked."""
+    session = pipe.start("pencil")
+    head, options = session.push(frames[:9]), session.options
+    with pytest.raises(ValueError, match=re.escape(says)) as refused:
+        session.set_options(**wrong)
+    assert "\n" not in str(refused.value) and session.options is options
+    out = np.concatenate([head, stream(session, frames[9:21])])
+    assert np.array_equal(out, stream(pipe.start("pencil"), frames[:21]))
+
+
+def test_a_new_deadline_counts_at_once(pipe, frames):
+    session = pipe.start("pencil", steps=1)
+    session.push(frames[:5])
+    session.set_options(deadline_ms=1e-6)
+    session.push(frames[5:20])
+    assert session.stats.deadline_miss_rate == pytest.approx(12 / 17)
+    session.set_options(deadline_ms=None)
+    session.push(frames[20:33])
+    assert session.stats.deadline_miss_rate == pytest.approx(12 / 33)
+
+
+def test_text_to_video_changes_its_steps(pipe):
+    """Noise levels of the next chunk follow the new number of steps; asked before the start, it is another start."""
+    session = pipe.start("pencil", mode="t2v", steps=2)
+    session.generate(5)
+    session.set_options(steps=4)
+    assert session._empty_chunk().timesteps == (1000.0, 750.0, 500.0, 250.0)
+    assert session.generate(9).shape == (9, 64, 64, 3) and session.cache.num_rows == 4
+
+
+def test_an_encoded_chunk_keeps_its_options(pipe, frames):
+    """Stages by hand: options set between encode and denoise wait for the next chunk."""
+    session, plain = pipe.start("pencil", steps=2), pipe.start("pencil", steps=2)
+    encoded = session.encode_chunk(frames[:5])
+    session.set_options(steps=3, seed=4)
+    (done,), (expected,) = session.denoise_chunk(encoded), plain.denoise_chunk(plain.encode_chunk(frames[:5]))
+    assert torch.equal(done.latents, expected.latents) and session.cache.num_rows == 2
+    session.denoise_chunk(session.encode_chunk(frames[5:9]))
+    assert session.cache.num_rows == 3
+
+
 def test_modes_do_not_mix(pipe, frames):
     with pytest.raises(ValueError, match="generate"):
         pipe.start("pencil", mode="t2v").push(frames)
@@ -367,6 +439,7 @@ def test_nothing_works_after_close(pipe, frames):
         lambda: session.push(frames),
         session.flush,
         lambda: session.set_prompt("oil paint"),
+        lambda: session.set_options(steps=1),
         lambda: session.generate(5),
         lambda: session.stats,
         lambda: session.nbytes,
