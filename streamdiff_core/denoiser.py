@@ -6,7 +6,7 @@ schedule says which forwards; the engine runs them; this object owns what lies b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 
 import torch
@@ -23,6 +23,8 @@ from streamdiff_core.schedules.steps import NoiseSource, Stepper
 from streamdiff_core.stream_options import StreamOptions
 from streamdiff_core.types import Chunk, DenoisedChunk, DenoiseSchedule, Emit, Fork, ForwardOp, RowOp
 
+Events = Generator[ForwardOp | Fork | Emit, list[Tensor] | None, None]
+"""One tick of a schedule."""
 KEPT_ON_FLUSH = 2
 """Window frames that survive a flush (SEEDS §3.5); one where the window is so short that two would be all."""
 
@@ -116,16 +118,22 @@ class Denoiser:
 
     def _tick(self, chunk: Chunk | None) -> list[DenoisedChunk]:
         """Carry out what the schedule asks for, once per chunk."""
-        events, reply, done = self.schedule.push(chunk), None, []
+        events, done, x0s = self.schedule.push(chunk), [], None
+        while (rows := self._until_forward(events, x0s, done)) is not None:
+            x0s = self._forward(rows)
+        return done
+
+    def _until_forward(self, events: Events, x0s: list[Tensor] | None, done: list[DenoisedChunk]) -> list[RowOp] | None:
+        """Answer the schedule and carry out what it asks for, up to its next forward; None at the end of the tick."""
         while True:
             try:
-                event = events.send(reply)
+                event = events.send(x0s)
             except StopIteration:
-                return done
-            reply = None
+                return None
+            x0s = None
             if isinstance(event, ForwardOp):
-                reply = self._forward(event.rows)
-            elif isinstance(event, Fork):
+                return event.rows
+            if isinstance(event, Fork):
                 self._fork(event)
             elif isinstance(event, Emit):
                 num_frames = self._num_real.pop(event.chunk_idx)
@@ -168,7 +176,7 @@ class Denoiser:
         for frames in self.cache.policy.before_chunk(table, switch):
             known = [f for f in frames if f in self._inputs[row.cache_row]]
             if known:
-                self.engine.forward([(self.cache, self.recache_row(row.cache_row, row.prompt, known))])
+                self.engine.rewrite([(self.cache, self.recache_row(row.cache_row, row.prompt, known))])
 
     def recache_row(self, cache_row: int, prompt: PromptContext, frames: Sequence[int] | None = None) -> RowOp:
         """The joint forward that rewrites held frames (default: all) under another prompt (SEEDS §3.3)."""

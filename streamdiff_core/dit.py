@@ -157,9 +157,13 @@ class CausalWanTransformer(nn.Module):
 
     def encode_prompt(self, context: Tensor) -> PromptContext:
         """Prompt tokens [B, text_len, text_dim] -> cross-attention keys and values, once per prompt."""
-        embedded = self.text_embedding(context.to(self.device, self.dtype))
+        embedded = self.embed_prompt(context)
         pairs = [block.cross_attn.project_prompt(embedded) for block in self.blocks]
         return PromptContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
+
+    def embed_prompt(self, context: Tensor) -> Tensor:
+        """Prompt tokens [B, text_len, text_dim] -> [B, text_len, D], from which each layer projects its own."""
+        return self.text_embedding(context.to(self.device, self.dtype))
 
     def forward(
         self,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from streamdiff_core.attention import PromptContext
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.flow import x0_from_velocity
 from streamdiff_core.kv_cache import KVCache
@@ -32,17 +33,19 @@ class Engine:
         Raises:
             ValueError: two rows write the same cache row.
         """
-        keys = [(id(cache), row.cache_row) for cache, row in rows]
-        if len(set(keys)) < len(keys):
-            raise ValueError("two rows of one forward use the same cache row; run them one after the other")
-        groups: dict[torch.Size, list[int]] = {}
-        for i, (_, row) in enumerate(rows):
-            groups.setdefault(row.xt.shape, []).append(i)
         x0s: list[Tensor] = [row.xt for _, row in rows]
-        for members in groups.values():
+        for members in batches(rows):
             for i, x0 in zip(members, self._forward_batch([rows[i] for i in members]), strict=True):
                 x0s[i] = x0
         return x0s
+
+    def rewrite(self, rows: Sequence[tuple[KVCache, RowOp]]) -> None:
+        """Run rows only for what they leave in the cache."""
+        self.forward(rows)
+
+    def encode_prompt(self, context: Tensor) -> PromptContext:
+        """Prompt tokens [1, text_len, text_dim] -> what rows carry as their prompt."""
+        return self.transformer.encode_prompt(context)
 
     def _forward_batch(self, rows: Sequence[tuple[KVCache, RowOp]]) -> list[Tensor]:
         xt = torch.stack([row.xt for _, row in rows])  # [B, F, C, h, w]
@@ -55,3 +58,18 @@ class Engine:
         views = [cache.begin(row.cache_row, row.frame_ids, row.descriptor, row.prompt) for cache, row in rows]
         velocity = self.transformer(xt, timestep, [row.prompt for _, row in rows], views)
         return [x0_from_velocity(x, v, row.sigma) for x, v, (_, row) in zip(xt, velocity, rows, strict=True)]
+
+
+def batches(rows: Sequence[tuple[KVCache, RowOp]]) -> list[list[int]]:
+    """Indices of rows that run together: those of equal shape.
+
+    Raises:
+        ValueError: two rows write the same cache row.
+    """
+    keys = [(id(cache), row.cache_row) for cache, row in rows]
+    if len(set(keys)) < len(keys):
+        raise ValueError("two rows of one forward use the same cache row; run them one after the other")
+    groups: dict[torch.Size, list[int]] = {}
+    for i, (_, row) in enumerate(rows):
+        groups.setdefault(row.xt.shape, []).append(i)
+    return list(groups.values())

@@ -11,7 +11,7 @@ Shapes: P tokens per frame, n heads, d head dim, t = 2 * temporal RoPE columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -138,9 +138,27 @@ class KVCache:
         for layer in range(self.model.num_layers):
             self.layer_slots(layer, row).copy(src, dst)
 
+    def pop_layer(self, layer: int) -> tuple[Any, list[Tensor]]:
+        """Take a layer's storage out, to go on in another process: (plain values, tensors). Slot tables stay."""
+        scratch = self._scratch.pop(layer)
+        tensors = [store.pop(layer) for store in (self.k, self.v, self._k_time)]
+        self.model = replace(self.model, num_layers=self.model.num_layers - 1)
+        plain = {"at": self._rotated_to.pop(layer), "scratch": [list(row) for row in scratch]}
+        return plain, tensors + [x for row in scratch for x in row.values()]
+
+    def insert_layer(self, layer: int, plain: Any, tensors: Sequence[Tensor]) -> None:
+        """Put in, before layer ``layer``, what another cache of the same stream popped; its tables must be equal."""
+        rest = iter(tensors)
+        for store in (self.k, self.v, self._k_time):
+            store.insert(layer, next(rest))
+        self.model = replace(self.model, num_layers=self.model.num_layers + 1)
+        self._rotated_to.insert(layer, plain["at"])
+        self._scratch.insert(layer, [{name: next(rest) for name in names} for names in plain["scratch"]])
+
     def describe(self, row: int = 0) -> list[dict[str, Any]]:
         """Filled slots as dicts (slot, role, frame, position), for pictures of the cache."""
-        table, at = self.tables[row], self._rotated_to[-1][row]
+        table = self.tables[row]
+        at = self._rotated_to[-1][row] if self._rotated_to else [None] * len(table.frames)
         return [
             {"slot": s, "role": table.roles[s], "frame": f, "position": at[s]}
             for s, f in enumerate(table.frames)

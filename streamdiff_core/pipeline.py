@@ -36,6 +36,8 @@ NUM_CACHED_PROMPTS = 64
 class StreamPipeline:
     """Weights of one preset on one device; ``start`` makes streams."""
 
+    session_type: type[StreamSession] = StreamSession
+
     def __init__(
         self, preset: Preset, transformer: CausalWanTransformer, vae: StreamingVAE, text_encoder: TextEncoder
     ) -> None:
@@ -130,7 +132,7 @@ class StreamPipeline:
             deadline_ms=deadline_ms,
         )
         check_options(options, p)
-        return StreamSession(self, prompt, options)
+        return self.session_type(self, prompt, options)
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: Prompt) -> PromptContext:
@@ -150,7 +152,7 @@ class StreamPipeline:
             tokens = self.text_encoder.encode(list(weights))
             share = torch.tensor(list(weights.values()), device=tokens.device, dtype=tokens.dtype) / total
             mixed = (tokens * share[:, None, None]).sum(0, keepdim=True)
-            self._prompts[key] = self.transformer.encode_prompt(mixed)
+            self._prompts[key] = self.engine.encode_prompt(mixed)
             while len(self._prompts) > NUM_CACHED_PROMPTS:
                 self._prompts.popitem(last=False)
         return self._prompts[key]

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 class StreamSession:
     """One stream on a ``StreamPipeline``; made by ``pipe.start``."""
 
+    denoiser_type: type[Denoiser] = Denoiser
+
     def __init__(self, pipe: StreamPipeline, prompt: Prompt, options: StreamOptions) -> None:
         self.pipe, self.options = pipe, options
         self.timer = StageTimer(pipe.device)
@@ -59,7 +61,7 @@ class StreamSession:
         stride = pipe.preset.vae.spatial_stride
         self._latent_size = (o.height // stride, o.width // stride)
         tokens = pipe.transformer.config.tokens_per_frame(*self._latent_size)
-        self._denoiser = Denoiser(pipe.engine, pipe.preset, o, tokens)
+        self._denoiser = self.denoiser_type(pipe.engine, pipe.preset, o, tokens)
         self._encoder_state, self._decoder_state = pipe.vae.new_state(), pipe.vae.new_state()
         self._pending: list[np.ndarray] = []
         self._chunk_idx = self._next_frame = 0

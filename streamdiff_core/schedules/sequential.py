@@ -28,19 +28,24 @@ class Sequential:
         self.clean_pass, self.cache_per_step = clean_pass, cache_per_step
         self.num_cache_rows = num_steps if cache_per_step else 1
         self.num_in_flight = 0
-        self._is_first = True
+        self.is_first = True
+
+    @property
+    def forwards_per_chunk(self) -> int:
+        """Forwards that a push asks for."""
+        return self.num_steps + self.clean_pass
 
     def push(self, chunk: Chunk | None) -> Generator[ForwardOp | Fork | Emit, list[Tensor] | None, None]:
         """Denoise one chunk. ``None`` (flush) does nothing: no chunk is ever in flight."""
         if chunk is None:
             return
-        per_step = self.cache_per_step and not self._is_first
+        per_step = self.cache_per_step and not self.is_first
         x0 = yield from denoise_in_turn(self.stepper, chunk, [j if per_step else 0 for j in range(self.num_steps)])
         if self.clean_pass:
             yield ForwardOp([self.stepper.clean(chunk, x0)])
-        if self._is_first and self.num_cache_rows > 1:
+        if self.is_first and self.num_cache_rows > 1:
             yield Fork(0, tuple(range(1, self.num_cache_rows)))
-        self._is_first = False
+        self.is_first = False
         yield Emit(chunk.chunk_idx, x0)
 
 

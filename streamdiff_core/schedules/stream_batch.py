@@ -19,13 +19,19 @@ from streamdiff_core.types import Chunk, Emit, Fork, ForwardOp, RowOp
 
 
 class StreamBatch:
-    """One forward of up to S rows per chunk; S - 1 chunks are in flight."""
+    """One forward of up to S rows per chunk; S - 1 chunks are in flight.
+
+    ``is_first`` says that the next chunk opens the stream; after it, ``forwards_per_chunk`` is how many forwards a push
+    asks for, so that pipeline stages know when the next chunk may follow.
+    """
+
+    forwards_per_chunk = 1
 
     def __init__(self, stepper: Stepper, num_steps: int) -> None:
         self.stepper, self.num_steps = stepper, num_steps
         self.num_cache_rows = num_steps
         self._in_flight: deque[tuple[Chunk, RowOp]] = deque()  # newest first
-        self._is_first = True
+        self.is_first = True
 
     @property
     def num_in_flight(self) -> int:
@@ -34,8 +40,8 @@ class StreamBatch:
 
     def push(self, chunk: Chunk | None) -> Generator[ForwardOp | Fork | Emit, list[Tensor] | None, None]:
         """One tick: a new chunk enters row 0 (none when flushing), every chunk advances by one step."""
-        if chunk is not None and self._is_first:
-            self._is_first = False
+        if chunk is not None and self.is_first:
+            self.is_first = False
             x0 = yield from denoise_in_turn(self.stepper, chunk, [0] * self.num_steps)
             if self.num_steps > 1:
                 yield Fork(0, tuple(range(1, self.num_steps)))
