@@ -207,3 +207,33 @@ def test_nothing_leaks_from_one_stream_into_the_next():
         assert sorted(cache.tables[0].frames) == [0, 1, 2, 11, 12, 13]
     assert_close(results[0][0], results[1][0], rtol=0, atol=0)
     assert results[0][1] == results[1][1]
+
+
+def test_a_layer_moves_to_another_cache_and_nothing_shows():
+    """Two caches of one layer each, as on two stages, one of which hands its layer over in mid-stream.
+
+    Reads go on as in one cache of both layers, through evictions; a policy's own tensors come along.
+    """
+    chunks = [(0, 1), (2,), (3,), (4,), (5,)]
+    whole, first, second = (cache_of(1, 2, num_rows=2) for _ in range(3))
+    kept = second.pop_layer(0)  # leaves layer 1
+    first.pop_layer(1)
+    second._scratch[0][1]["mine"] = torch.ones(2)
+    expected, got = [], []
+    for i, chunk in enumerate(chunks):
+        if i == 3:
+            first.insert_layer(1, *second.pop_layer(0))
+            assert second.nbytes == 0 and second.describe(1)[0]["position"] is None
+        views = [cache.begin(1, chunk) for cache in (whole, first, second)]
+        for layer in range(2):
+            k, v = keys_values(len(chunk))
+            expected += whole_read(views[0], layer, k, v)
+            part, at = (views[1], layer) if layer == 0 or i >= 3 else (views[2], 0)
+            got += whole_read(part, at, k, v)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)) and len(got) == 20
+    assert first.model.num_layers == 2 and first._scratch[1][1]["mine"].sum() == 2
+    assert first.nbytes == whole.nbytes + 16 and len(kept[1]) == 3
+
+
+def whole_read(view, layer, k, v):
+    return [x.clone() for x in view.update(layer, k, v)]
