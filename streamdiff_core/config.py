@@ -7,7 +7,7 @@ and §4. The preset ``tiny`` is this project's own bundled model (``assets/tiny/
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 PositionMap = Literal["absolute", "packed", "slots", "ahead", "wrap"]
@@ -182,6 +182,24 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WeightSource:
+    """Where the weights of a full-size preset come from (SPEC §8)."""
+
+    repo: str
+    """Hugging Face hub repository of the transformer."""
+    file: str
+    """Checkpoint in it."""
+    wrapper: str | None = None
+    """Entry of the pickled dict to take; None: the usual order."""
+    base: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    """Repository of the VAE, the text encoder and its tokenizer (the same for all sizes of Wan2.1)."""
+    raw_latents: bool = False
+    """Whether the transformer reads the VAE's means without normalisation (StreamDiffusionV2, SPEC §5.2)."""
+    gpu_memory_gb: float = 16.0
+    """GPU memory that 480p with two steps needs in bfloat16: weights, cache, VAE, room to work."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
     """Everything ``StreamPipeline.from_preset`` needs to know."""
 
@@ -213,6 +231,10 @@ class Preset:
     """Whether ``mode="t2v"`` makes sense with these weights."""
     bundled: bool = False
     """Whether the weights ship with the package."""
+    source: WeightSource | None = None
+    """Where they are downloaded from otherwise."""
+    latent_frames_per_chunk: int = 1
+    """Latent frames denoised together; given by the weights."""
 
 
 WAN_1_3B = ModelConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
@@ -222,6 +244,13 @@ TINY_MODEL = ModelConfig(
     dim=256, ffn_dim=1024, num_heads=4, num_layers=6, in_channels=48, out_channels=48,
     text_dim=128, text_len=16, freq_dim=256, prediction="x0",
 )  # fmt: skip
+
+FULL_CONTEXT = CacheConfig(sink_frames=0, window_frames=21)
+"""The 21 latent frames that the Self Forcing family was trained with (SEEDS §3.1)."""
+CLEAN_CONTEXT = ScheduleConfig(
+    timesteps=(1000.0, 937.5, 833.3, 625.0), default_steps=4, kind="sequential", clean_pass=True, shift=5.0
+)
+"""Four steps warped by shift 5, and a clean pass that writes the cache (SEEDS §2)."""
 
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(
@@ -245,6 +274,9 @@ PRESETS: dict[str, Preset] = {
         model=WAN_1_3B,
         vae=VAEConfig(),
         cache=CacheConfig(positions="wrap", adaptive_sink="released"),
+        source=WeightSource(
+            repo="jerryfeng/StreamDiffusionV2", file="wan_causal_dmd_v2v/model.pt", raw_latents=True
+        ),
     ),
     "wan-14b": Preset(
         name="wan-14b",
@@ -253,8 +285,45 @@ PRESETS: dict[str, Preset] = {
         vae=VAEConfig(),
         cache=CacheConfig(positions="wrap", adaptive_sink="released"),
         schedule=ScheduleConfig(default_steps=1),
+        source=WeightSource(
+            repo="jerryfeng/StreamDiffusionV2", file="wan_causal_dmd_v2v_14b/model.pt", raw_latents=True,
+            gpu_memory_gb=48.0,
+        ),
     ),
-}
+    "causvid-1.3b": Preset(
+        name="causvid-1.3b",
+        summary="CausVid 1.3B (text to video, chunks of 3); needs a GPU and a download; non-commercial.",
+        model=WAN_1_3B,
+        vae=VAEConfig(),
+        cache=FULL_CONTEXT,
+        schedule=replace(CLEAN_CONTEXT, timesteps=(1000.0, 757.0, 522.0), default_steps=3, shift=8.0),
+        source=WeightSource(repo="tianweiy/CausVid", file="autoregressive_checkpoint/model.pt"),
+        latent_frames_per_chunk=3,
+    ),
+    "self-forcing-1.3b": Preset(
+        name="self-forcing-1.3b",
+        summary="Self Forcing 1.3B (text to video, chunks of 3); needs a GPU and a download.",
+        model=WAN_1_3B,
+        vae=VAEConfig(),
+        cache=FULL_CONTEXT,
+        schedule=CLEAN_CONTEXT,
+        source=WeightSource(
+            repo="gdhe17/Self-Forcing", file="checkpoints/self_forcing_dmd.pt", wrapper="generator_ema"
+        ),
+        latent_frames_per_chunk=3,
+    ),
+    "causal-forcing-1.3b": Preset(
+        name="causal-forcing-1.3b",
+        summary="Causal Forcing 1.3B (text to video, frame by frame); needs a GPU and a download.",
+        model=WAN_1_3B,
+        vae=VAEConfig(),
+        cache=FULL_CONTEXT,
+        schedule=CLEAN_CONTEXT,
+        source=WeightSource(
+            repo="zhuhz22/Causal-Forcing", file="framewise/causal_forcing.pt", wrapper="generator_ema"
+        ),
+    ),
+}  # fmt: skip
 
 
 def list_presets() -> list[str]:
