@@ -102,6 +102,10 @@ class SelfAttention(nn.Module):
             m.weight.data, m.bias.data = w, b
         self._fused = weight, bias
 
+    def unfuse(self) -> None:
+        """Three products again, each with its own layer, which may then be replaced (quantisation)."""
+        self._fused = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfAttention:
         """``.to()`` gives each parameter memory of its own, so lay them side by side again."""
         super()._apply(fn, recurse)

@@ -35,7 +35,8 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
 
 def linear_gelu(x: Tensor, linear: nn.Linear) -> Tensor:
     """tanh-GELU of a linear layer, [..., D] -> [..., D']."""
-    if _HAS_FUSED_GELU and is_fast_case(x, linear.weight):
+    plain = type(linear.weight) is nn.Parameter  # and not a quantised tensor
+    if _HAS_FUSED_GELU and plain and is_fast_case(x, linear.weight):
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
     return F.gelu(linear(x), approximate="tanh")
 

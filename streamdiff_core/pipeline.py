@@ -20,10 +20,13 @@ from streamdiff_core.attention import PromptContext
 from streamdiff_core.config import CacheConfig, Preset, get_preset
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.engine import Engine
+from streamdiff_core.full_size import load_modules
+from streamdiff_core.lora import merge_lora
+from streamdiff_core.quantise import quantise
 from streamdiff_core.session import StreamSession
 from streamdiff_core.stream_options import Prompt, StreamOptions, check_options
 from streamdiff_core.text import TinyTextEncoder
-from streamdiff_core.types import CheckpointError, StreamingVAE, TextEncoder
+from streamdiff_core.types import StreamingVAE, TextEncoder
 from streamdiff_core.vae import TinyVAE
 from streamdiff_core.weights import load_checkpoint
 
@@ -49,7 +52,15 @@ class StreamPipeline:
 
     @classmethod
     def from_preset(
-        cls, name: str, *, device: str = "auto", dtype: str = "auto", weights: str | Path | None = None
+        cls,
+        name: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        weights: str | Path | None = None,
+        vae: str | Path = "wan",
+        lora: Mapping[str, float] | None = None,
+        quantisation: str | None = None,
     ) -> StreamPipeline:
         """Load a preset.
 
@@ -57,34 +68,51 @@ class StreamPipeline:
             name: one of ``list_presets()``; ``tiny`` is bundled and needs no download.
             device: ``auto`` (cuda, else cpu) or a torch device.
             dtype: ``auto`` (bfloat16 where the device multiplies it faster, else float32), ``float32``, ``bfloat16``.
-            weights: folder to load instead of the bundled one (same file names).
+            weights: folder to load instead of the bundled one (same file names); for a full-size preset the
+                transformer's checkpoint.
+            vae: full-size presets: ``wan``, or the file of a TAEHV.
+            lora: {file or hub repository: strength}, merged into the transformer in this order.
+            quantisation: ``int8`` or ``fp8`` weights through torchao; default none.
 
         Raises:
-            ValueError: unknown preset, device or dtype.
-            CheckpointError: weights missing or not fitting.
+            ValueError: unknown preset, device, dtype or quantisation.
+            CheckpointError: weights missing, not fitting, or too large for this machine.
         """
         preset = get_preset(name)
-        if not preset.bundled:
-            raise CheckpointError(
-                f"preset {name!r} needs its full-size weights, VAE and text encoder, which this version cannot "
-                "download yet; use 'tiny', or load the transformer alone with streamdiff_core.load_checkpoint"
-            )
         place, number = pick_device(device), pick_dtype(dtype, pick_device(device))
-        folder = Path(weights) if weights else ASSETS / name
+        if preset.bundled:
+            modules = cls._bundled(preset, place, number, weights)
+        else:
+            named = device != "auto"
+            modules = load_modules(preset, place, number, device_was_named=named, weights=weights, vae=vae)
+        for source, strength in (lora or {}).items():
+            logger.info("%s", merge_lora(modules[0], source, strength))
+        pipe = cls.from_modules(preset, *modules)
+        if quantisation:
+            quantise(pipe.transformer, quantisation)
+        return pipe
+
+    @staticmethod
+    def _bundled(
+        preset: Preset, place: torch.device, number: torch.dtype, weights: str | Path | None
+    ) -> tuple[CausalWanTransformer, TinyVAE, TinyTextEncoder]:
+        """The modules of a preset that ships with the package."""
+        folder = Path(weights) if weights else ASSETS / preset.name
         with torch.device("meta"):  # no time spent on random weights that are overwritten at once
             modules = CausalWanTransformer(preset.model), TinyVAE(preset.vae), TinyTextEncoder(preset.text)
         for module, file in zip(modules, ("transformer", "vae", "text_encoder"), strict=True):
             load_checkpoint(module, folder / f"{file}.safetensors")
         transformer, vae, text = modules
-        return cls.from_modules(preset, transformer.to(place, number), cast_vae(vae, place, number), text.to(place))
+        return transformer.to(place, number), cast_vae(vae, place, number), text.to(place)
 
     @classmethod
     def from_modules(
-        cls, preset: Preset, transformer: CausalWanTransformer, vae: nn.Module, text_encoder: nn.Module
+        cls, preset: Preset, transformer: CausalWanTransformer, vae: nn.Module, text_encoder: TextEncoder
     ) -> StreamPipeline:
         """A pipeline from modules made elsewhere (tests, training); switches them to evaluation."""
         for module in (transformer, vae, text_encoder):
-            module.eval().requires_grad_(False)
+            if isinstance(module, nn.Module):
+                module.eval().requires_grad_(False)
         return cls(preset, transformer.fuse(), vae, text_encoder)
 
     def start(
@@ -102,7 +130,7 @@ class StreamPipeline:
         cache: CacheConfig | None = None,
         width: int | None = None,
         height: int | None = None,
-        latent_frames_per_chunk: int = 1,
+        latent_frames_per_chunk: int | None = None,
         mode: str = "v2v",
         deadline_ms: float | None = None,
     ) -> StreamSession:
@@ -127,7 +155,9 @@ class StreamPipeline:
             cache=p.cache if cache is None else cache,
             width=p.width if width is None else width,
             height=p.height if height is None else height,
-            latent_frames_per_chunk=latent_frames_per_chunk,
+            latent_frames_per_chunk=p.latent_frames_per_chunk
+            if latent_frames_per_chunk is None
+            else latent_frames_per_chunk,
             mode=mode,
             deadline_ms=deadline_ms,
         )

@@ -343,7 +343,10 @@ class StreamSession:
         dtype = torch.promote_types(torch.float32, self.pipe.transformer.dtype)
         count = stride * n - (stride - 1 if self._next_frame == 0 else 0)
         nothing = torch.zeros(shape, device=self.pipe.device, dtype=dtype)
-        return self._new_chunk(nothing, 1.0, tuple(spaced_steps(1000.0, self.options.steps)), count)
+        listed = self.pipe.preset.schedule.timesteps
+        trained_from_noise = bool(listed) and listed[0] == 1000
+        steps = listed[: self.options.steps] if trained_from_noise else spaced_steps(1000.0, self.options.steps)
+        return self._new_chunk(nothing, 1.0, tuple(steps), count)
 
     def _check_open(self) -> None:
         if self._closed:

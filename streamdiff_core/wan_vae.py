@@ -5,8 +5,8 @@ clears at the end of each call, and upstream keeps them on the module, one strea
 stream owns its two lists (``WanVAEState``) and hands them to the same encoder and decoder, so any split of a clip gives
 what the whole clip gives, for any number of streams.
 
-The latents are not symmetric, on purpose: these models read the encoder's mean as it is and write normalised latents
-(SPEC §5.2), so ``encode`` returns the raw mean and ``decode`` undoes the normalisation.
+StreamDiffusionV2's models read the encoder's mean as it is and write normalised latents (SPEC §5.2): with
+``raw_latents`` ``encode`` returns the raw mean. ``decode`` always undoes the normalisation.
 
 Weights come from ``weights.load_wan_vae``.
 
@@ -43,9 +43,9 @@ class WanVAEState:
 class WanVAE(nn.Module):
     """``StreamingVAE`` around an ``AutoencoderKLWan``."""
 
-    def __init__(self, autoencoder: nn.Module) -> None:
+    def __init__(self, autoencoder: nn.Module, *, raw_latents: bool = True) -> None:
         super().__init__()
-        self.autoencoder = autoencoder
+        self.autoencoder, self.raw_latents = autoencoder, raw_latents
         self._sizes = [_num_causal_convs(part) for part in (autoencoder.encoder, autoencoder.decoder)]
         for name in ("mean", "std"):
             values = torch.tensor(getattr(autoencoder.config, f"latents_{name}"))[:, None, None, None]
@@ -69,7 +69,7 @@ class WanVAE(nn.Module):
             state: the stream's memory.
 
         Returns:
-            Raw means [B, F, 16, h, w], float32 or better.
+            Means [B, F, 16, h, w], raw or normalised, float32 or better.
 
         Raises:
             ValueError: a number of frames that does not make whole latent frames.
@@ -83,7 +83,10 @@ class WanVAE(nn.Module):
         groups = [x[:, :, :lead]] * lead + list(x[:, :, lead:].split(GROUP, dim=2))
         out = [self.autoencoder.encoder(g, feat_cache=state.encoder, feat_idx=[0]) for g in groups if g.shape[2]]
         mean = self.autoencoder.quant_conv(torch.cat(out, dim=2)).chunk(2, dim=1)[0]
-        return mean.transpose(1, 2).to(torch.promote_types(self.dtype, torch.float32))
+        mean = mean.to(torch.promote_types(self.dtype, torch.float32))
+        if not self.raw_latents:
+            mean = (mean - self.latents_mean) / self.latents_std
+        return mean.transpose(1, 2)
 
     def decode(self, latents: Tensor, state: WanVAEState) -> Tensor:
         """Decode the next normalised latent frames [B, F, 16, h, w] of a stream to [B, T, 3, H, W] in [-1, 1]."""

@@ -137,11 +137,12 @@ def load_checkpoint(
     return LoadReport(path=path, layout=layout, wrapper=wrapper, num_tensors=len(own), metadata=metadata)
 
 
-def load_wan_vae(source: str | Path, **config: object) -> WanVAE:
+def load_wan_vae(source: str | Path, *, raw_latents: bool = True, **config: object) -> WanVAE:
     """Wan2.1's VAE from ``Wan2.1_VAE.pth`` (original names) or a diffusers file or folder, strictly.
 
     Args:
-        source: as in ``load_checkpoint``.
+        source: as in ``load_checkpoint``; a diffusers folder's ``config.json`` is followed.
+        raw_latents: whether ``encode`` leaves out the normalisation.
         config: arguments of diffusers' ``AutoencoderKLWan`` that differ from Wan2.1's.
 
     Raises:
@@ -153,10 +154,12 @@ def load_wan_vae(source: str | Path, **config: object) -> WanVAE:
     def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return convert_wan_vae_to_diffusers(dict(state)) if "encoder.conv1.weight" in state else dict(state)
 
+    if (Path(source) / "config.json").is_file():
+        config = {**AutoencoderKLWan.load_config(source), **config}
     with torch.device("meta"):
-        autoencoder = AutoencoderKLWan(**config)
+        autoencoder = AutoencoderKLWan.from_config(config)
     load_checkpoint(autoencoder, source, convert=convert)
-    return WanVAE(autoencoder).eval().requires_grad_(False)
+    return WanVAE(autoencoder, raw_latents=raw_latents).eval().requires_grad_(False)
 
 
 def save_checkpoint(

@@ -42,6 +42,14 @@ def test_encode(golden_vae, lengths):
     torch.testing.assert_close(mean, golden["encode_stream_5_4_4"], **TOLERANCE)
 
 
+def test_normalised_latents(golden_vae):
+    """What Self Forcing's models read; StreamDiffusionV2's read the raw mean (SPEC §5.2)."""
+    vae, golden = golden_vae
+    normalised = WanVAE(vae.autoencoder, raw_latents=False)
+    mean = stream(normalised, "encode", golden["video"].transpose(1, 2), [25]).transpose(1, 2)
+    torch.testing.assert_close(mean, golden["encode_full_normalised"], **TOLERANCE)
+
+
 @pytest.mark.parametrize("lengths", [[7], [2, 1, 1, 1, 1, 1], [1, 3, 3]])
 def test_decode(golden_vae, lengths):
     vae, golden = golden_vae
