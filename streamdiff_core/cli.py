@@ -136,7 +136,7 @@ def presets_command(args: argparse.Namespace) -> int:
     if args.json:
         print_json({name: preset.summary for name, preset in PRESETS.items()})
     else:
-        print("\n".join(f"{name:<10} {preset.summary}" for name, preset in PRESETS.items()))
+        print("\n".join(f"{name:<20} {preset.summary}" for name, preset in PRESETS.items()))
     return 0
 
 
@@ -145,7 +145,10 @@ def load(args: argparse.Namespace) -> Any:
     from streamdiff_core.pipeline import StreamPipeline
 
     set_threads(args.threads)
-    return StreamPipeline.from_preset(args.preset, device=args.device, dtype=args.dtype, weights=args.weights)
+    return StreamPipeline.from_preset(
+        args.preset, device=args.device, dtype=args.dtype, weights=args.weights,
+        vae=args.vae, lora=dict(args.lora), quantisation=args.quantise,
+    )  # fmt: skip
 
 
 def set_threads(count: int | None) -> None:

@@ -17,6 +17,7 @@ SCHEDULES, SWITCHES = (
 )
 POLICIES = tuple(sorted(path.stem for path in (Path(__file__).parent / "kv_policies").glob("[a-z]*.py")))
 DTYPES = ("auto", "float32", "bfloat16", "float64")
+QUANTISATIONS = ("int8", "fp8")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +39,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     model.add_argument("--dtype", default="auto", choices=DTYPES, help="number type of the model (default auto)")
-    model.add_argument("--weights", metavar="FOLDER", help="transformer, vae and text_encoder .safetensors to use")
+    model.add_argument(
+        "--weights",
+        metavar="PATH",
+        help="folder of .safetensors for tiny; transformer checkpoint for full-size presets",
+    )
+    model.add_argument("--vae", default="wan", metavar="FILE", help="full-size presets: a TAEHV instead of Wan's VAE")
+    model.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=lora_strength,
+        metavar="FILE[=STRENGTH]",
+        help="merge a LoRA; may be repeated",
+    )
+    model.add_argument("--quantise", choices=QUANTISATIONS, help="weights in int8 or fp8 (needs torchao)")
     model.add_argument("--threads", type=positive(int), help="CPU threads (default: PyTorch's choice)")
     _add_run(commands.add_parser("run", parents=[common, model], help="restyle a video", epilog=RUN_NOTES))
     _add_bench(commands.add_parser("bench", parents=[common, model], help="measure speed, FLOPs and MFU here"))
@@ -116,6 +131,17 @@ def parse_counts(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}: write one number or several, as in 1,2,4")
     return tuple(int(part) for part in parts)
+
+
+def lora_strength(text: str) -> tuple[str, float]:
+    """``style.safetensors=0.8`` -> ("style.safetensors", 0.8); the strength is 1 when it is not given."""
+    path, found, strength = text.rpartition("=")
+    if not found:
+        return text, 1.0
+    try:
+        return path, float(strength)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"the strength in {text!r} is no number; write e.g. {path}=0.8") from None
 
 
 def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -21,8 +21,6 @@ from streamdiff_core.types import CheckpointError
 from streamdiff_core.video_io import probe, read_video, sample_clip_path
 
 SHA256_FILE = "SHA256SUMS"
-GPU_MEMORY_GB = {"wan-1.3b": 16, "wan-14b": 48}
-"""Rough needs of the full-size presets: weights in bf16, cache, VAE, and room to work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,11 +110,11 @@ def check_sample() -> str:
 
 def judge_preset(preset: Preset, facts: dict[str, Any]) -> str:
     """Whether a full-size preset could run here; raises with what it needs when it could not."""
-    needs = GPU_MEMORY_GB.get(preset.name, 16)
-    later = "and a download that this version does not do yet"
+    source = preset.source
+    needs = source.gpu_memory_gb
     if any(gpu["memory_gb"] >= needs for gpu in facts["gpus"]):
-        raise ValueError(f"the GPU is large enough ({needs} GB), but it needs its weights, {later}")
-    raise ValueError(f"needs a GPU with {needs} GB {later}")
+        return f"the GPU is large enough ({needs:.0f} GB); weights come from {source.repo} on first use"
+    raise ValueError(f"needs a GPU with {needs:.0f} GB, and its weights from {source.repo}")
 
 
 def measure_tiny(folder: Path, budget_s: float) -> str:

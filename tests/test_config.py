@@ -17,7 +17,9 @@ from streamdiff_core.config import (
 
 
 def test_presets_are_listed_in_order_under_their_own_names():
-    assert list_presets() == ["tiny", "wan-1.3b", "wan-14b"]
+    assert list_presets() == [
+        "tiny", "wan-1.3b", "wan-14b", "causvid-1.3b", "self-forcing-1.3b", "causal-forcing-1.3b"
+    ]  # fmt: skip
     assert all(get_preset(name).name == name for name in list_presets())
 
 

@@ -68,7 +68,11 @@ def test_checksums(assets: Path) -> None:
         doctor.check_weights(folder)
 
 
-def test_a_large_gpu_is_still_not_enough() -> None:
-    facts = {"gpus": [{"name": "big", "memory_gb": 80.0}]}
-    with pytest.raises(ValueError, match="needs its weights"):
-        doctor.judge_preset(PRESETS["wan-1.3b"], facts)
+@pytest.mark.parametrize(("memory_gb", "runs"), [(80.0, True), (16.0, True), (12.0, False)])
+def test_full_size_presets_are_judged_by_the_gpus_memory(memory_gb: float, runs: bool) -> None:
+    facts = {"gpus": [{"name": "card", "memory_gb": memory_gb}]}
+    if runs:
+        assert "weights come from jerryfeng/StreamDiffusionV2" in doctor.judge_preset(PRESETS["wan-1.3b"], facts)
+    else:
+        with pytest.raises(ValueError, match="needs a GPU with 16 GB, and its weights from jerryfeng"):
+            doctor.judge_preset(PRESETS["wan-1.3b"], facts)
