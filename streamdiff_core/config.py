@@ -162,6 +162,25 @@ class NoiseControllerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SteadyConfig:
+    """When a shown pixel follows the new picture (``steady.hold_still``)."""
+
+    moved_levels: float = 4.0
+    """Change of the input, grey levels, at which half of the new picture is taken."""
+    changed_levels: float = 30.0
+    """Change of the output, grey levels, at which half of the new picture is taken even of still input."""
+    min_gain: float = 0.1
+    """Share of the new picture that is always taken; a still picture settles in 1 / min_gain frames."""
+
+    def __post_init__(self) -> None:
+        if min(self.moved_levels, self.changed_levels) <= 0 or not 0 < self.min_gain <= 1:
+            raise ValueError(
+                f"need moved_levels > 0, changed_levels > 0 and 0 < min_gain <= 1, got {self.moved_levels}, "
+                f"{self.changed_levels}, {self.min_gain}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
     """Which denoising steps a chunk goes through (SPEC §4)."""
 
@@ -221,6 +240,8 @@ class Preset:
     """Default amount of noise put on the input: 0 keeps it, 1 forgets it."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Denoising steps."""
+    steady: SteadyConfig | None = None
+    """When still pixels are held; None: by default they are not, every picture is shown as decoded, as in the paper."""
     width: int = 832
     """Default output width in pixels."""
     height: int = 480
@@ -263,6 +284,7 @@ PRESETS: dict[str, Preset] = {
         noise=NoiseControllerConfig(timestep_offset=0),
         noise_scale=0.45,
         schedule=ScheduleConfig(timesteps=(), use_sigma_table=False, noise="fixed"),
+        steady=SteadyConfig(),
         width=256,
         height=256,
         text_to_video=False,

@@ -131,6 +131,7 @@ class StreamPipeline:
         width: int | None = None,
         height: int | None = None,
         latent_frames_per_chunk: int | None = None,
+        steady: bool | None = None,
         mode: str = "v2v",
         deadline_ms: float | None = None,
     ) -> StreamSession:
@@ -158,6 +159,7 @@ class StreamPipeline:
             latent_frames_per_chunk=p.latent_frames_per_chunk
             if latent_frames_per_chunk is None
             else latent_frames_per_chunk,
+            steady=p.steady is not None if steady is None else steady,
             mode=mode,
             deadline_ms=deadline_ms,
         )

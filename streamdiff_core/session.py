@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamdiff_core.config import SteadyConfig
 from streamdiff_core.denoiser import Denoiser
 from streamdiff_core.flow import select_steps, spaced_steps
 from streamdiff_core.frames import check_frames, frames_to_tensor, resize_and_crop, tensor_to_frames
@@ -25,6 +26,7 @@ from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.kv_policies.sink import describe_content
 from streamdiff_core.noise_controller import decide
+from streamdiff_core.steady import SteadyState, hold_still
 from streamdiff_core.stream_options import SWITCHES, Prompt, StreamOptions, StreamStats, change_options
 from streamdiff_core.timing import LatencyTracker, StageTimer
 from streamdiff_core.types import (
@@ -63,6 +65,8 @@ class StreamSession:
         tokens = pipe.transformer.config.tokens_per_frame(*self._latent_size)
         self._denoiser = self.denoiser_type(pipe.engine, pipe.preset, o, tokens)
         self._encoder_state, self._decoder_state = pipe.vae.new_state(), pipe.vae.new_state()
+        self._steady_state = SteadyState()
+        self._sources: dict[int, Tensor] = {}  # input of the chunks in flight [T, 3, H, W]
         self._pending: list[np.ndarray] = []
         self._chunk_idx = self._next_frame = 0
         self._previous: Tensor | None = None
@@ -187,7 +191,7 @@ class StreamSession:
         """Free the stream's state; later calls raise ``StreamClosedError``."""
         self._closed = True
         self._denoiser = self._encoder_state = self._decoder_state = self._previous = None
-        self._pending = []
+        self._pending, self._sources, self._steady_state = [], {}, SteadyState()
 
     def __enter__(self) -> StreamSession:
         return self
@@ -209,9 +213,10 @@ class StreamSession:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of stream state: KV cache, VAE memory, inputs kept for re-caching."""
+        """Bytes of stream state: KV cache, VAE memory, inputs kept for re-caching, frames in flight."""
         self._check_open()
-        return self._denoiser.nbytes + self._decoder_state.nbytes + self._encoder_state.nbytes
+        states = (self._denoiser, self._decoder_state, self._encoder_state, self._steady_state, *self._sources.values())
+        return sum(state.nbytes for state in states)
 
     @property
     def stats(self) -> StreamStats:
@@ -250,6 +255,8 @@ class StreamSession:
             pixels = frames_to_tensor(frames).to(self.pipe.device)
         with self.timer.stage("encode", self._chunk_idx):
             latents = self.pipe.vae.encode(pixels, self._encoder_state)[0]
+        if self.options.steady:
+            self._sources[self._chunk_idx] = pixels[0]
         noise_scale, timesteps = self._decide_noise(pixels[0], latents)
         chunk = self._new_chunk(latents, noise_scale, timesteps, len(frames) if num_frames is None else num_frames)
         return EncodedChunk(chunk)
@@ -271,6 +278,12 @@ class StreamSession:
         """Latents of one chunk -> uint8 frames [T, height, width, 3], padding removed. Chunks come in order."""
         with self.timer.stage("decode", denoised.chunk_idx):
             pixels = self.pipe.vae.decode(denoised.latents[None], self._decoder_state)
+            source = self._sources.pop(denoised.chunk_idx, None)
+            if source is None:
+                self._steady_state = SteadyState()
+            else:
+                steady = self.pipe.preset.steady or SteadyConfig()
+                pixels = hold_still(pixels[0], source, self._steady_state, steady)[None]
         with self.timer.stage("border", denoised.chunk_idx):
             frames = tensor_to_frames(pixels)[: denoised.num_frames]
         return DecodedChunk(denoised.chunk_idx, frames)

@@ -45,6 +45,8 @@ class StreamOptions:
     """Output height, px."""
     latent_frames_per_chunk: int = 1
     """Latent frames denoised together after the first chunk's extra one."""
+    steady: bool = False
+    """Whether what stands still in the input is held still (``steady.hold_still``); t2v has no input to hold to."""
     mode: str = "v2v"
     """``v2v`` or ``t2v``."""
     deadline_ms: float | None = None

@@ -10,7 +10,7 @@ import pytest
 
 import streamdiff_core
 from streamdiff_core import StreamPipeline
-from streamdiff_core.metrics import psnr
+from streamdiff_core.metrics import flicker, psnr
 from streamdiff_core.training.evaluate import nearest_share, restyle
 from streamdiff_core.training.prompts import DEFAULT_PROMPTS, HELD_OUT_PROMPTS
 from streamdiff_core.training.styles import STYLES, apply_style
@@ -43,18 +43,20 @@ def test_weights_are_small_and_safe():
 
 @pytest.mark.parametrize("style", list(STYLES))
 def test_prompt_gives_its_own_style(pipe, clip, targets, style):
-    """Nearest to its own filter in every chunk, 3 dB nearer than the input is; also for a wording never trained on."""
+    """Nearest to its own filter in every chunk, 3 dB nearer than the input is; also for a wording never trained on.
+    Where the input is still the output changes no more than the filter's (1.0 to 2.6 times that if not held still)."""
     for prompt in (DEFAULT_PROMPTS[style], HELD_OUT_PROMPTS[style][0]):
         output = restyle(pipe, clip, prompt)
         assert nearest_share(output, targets, style) == (3, 3), prompt
+        assert flicker(output, clip) <= flicker(targets[style], clip), prompt
     if style != "photo":
         assert psnr(output, targets[style]) > psnr(clip, targets[style]) + 3
 
 
 def test_still_input_stays_still(pipe, clip):
-    """After the cache has filled, a frozen input changes by less than a grey level and a half from frame to frame."""
+    """After the cache has filled, a frozen input changes by less than a tenth of a grey level from frame to frame."""
     output = restyle(pipe, np.repeat(clip[:1], 41, axis=0), DEFAULT_PROMPTS["oil"]).astype(float)
-    assert np.abs(np.diff(output[20:], axis=0)).mean((1, 2, 3)).max() < 1.5
+    assert np.abs(np.diff(output[20:], axis=0)).mean((1, 2, 3)).max() < 0.1
 
 
 def test_more_noise_follows_the_input_less(pipe, clip):
