@@ -1,0 +1,105 @@
+/* What the page says: one status line for what happened, one banner for what went wrong (one sentence, one action). */
+
+const HTTPS = "Browsers give the camera only to pages on https or localhost, so the sample clip plays on.";
+
+/** code -> [sentence, label of the action, name of the action (see `stream.js`)] */
+const FAILURES = {
+  camera_denied: ["The camera is blocked for this page: allow it beside the address bar, then try again.", "Try again", "camera"],
+  no_camera: ["No camera was found: connect one, then look again.", "Look again", "camera"],
+  camera_busy: ["The camera could not be started, perhaps because another program uses it.", "Try again", "camera"],
+  camera_gone: ["The camera was disconnected; the sample clip plays instead.", "Use the camera", "camera"],
+  insecure: [HTTPS, "Choose a video file", "choose_file"],
+  no_screen: ["This browser cannot share the screen.", "Choose a video file", "choose_file"],
+  screen_denied: ["The screen was not shared, so the sample clip plays on.", "Try again", "screen"],
+  screen_ended: ["Screen sharing has ended; the sample clip plays instead.", "Share again", "screen"],
+  file_too_large: ["Videos may have up to 200 MB and 10 minutes: this file is larger.", "Choose another", "choose_file"],
+  file_too_long: ["Videos may have up to 200 MB and 10 minutes: this one is longer.", "Choose another", "choose_file"],
+  file_unreadable: ["This browser cannot play that file: MP4 (H.264) and WebM work everywhere.", "Choose another", "choose_file"],
+  bad_recipe: ["That file holds no recipe of this app.", "Choose another", "choose_file"],
+  no_sample: ["The sample clip did not load.", "Try again", "sample"],
+  old_browser: ["This browser is too old for live video here: a current Chrome, Edge, Firefox or Safari works.", "Reload", "reload"],
+};
+
+/** What the button of a server error does. */
+const SERVER_ACTIONS = {
+  bad_setting: "undo",
+  too_large: "choose_file",
+  bad_frame: "sample",
+  out_of_memory: "lighter",
+  not_started: "reconnect",
+  model_missing: "reconnect",
+  worker_crash: "reconnect",
+  server_full: "reconnect",
+  timeout: "reconnect",
+  quota: "reconnect",
+};
+const ACTION_LABELS = {
+  undo: "Undo",
+  choose_file: "Choose another file",
+  sample: "Use the sample clip",
+  lighter: "Use lighter settings",
+  reconnect: "Try again",
+  reload: "Reload the page",
+  dismiss: "OK",
+};
+
+export class Messages {
+  constructor(root, actions) {
+    this.actions = actions;
+    this.status = root.querySelector("#sd-status");
+    this.banner = root.querySelector("#sd-banner");
+    this.text = root.querySelector("#sd-banner-text");
+    this.button = root.querySelector("#sd-banner-action");
+    this.button.onclick = () => this.#act();
+  }
+
+  say(text) {
+    this.status.textContent = text;
+  }
+
+  /** A failure found in the browser. */
+  fail(code) {
+    const [sentence, label, action] = FAILURES[code] ?? ["Something went wrong in this page.", "Reload", "reload"];
+    this.#show({ code, sentence, label, action });
+  }
+
+  /** A failure reported by the server: its sentence, and a button for what can be done about that kind of failure. */
+  failServer({ code, sentence, action: advice = "" }) {
+    const action = /^reload/i.test(advice) ? "reload" : SERVER_ACTIONS[code] ?? "dismiss";
+    this.#show({ code, sentence, label: ACTION_LABELS[action], action, advice });
+  }
+
+  lost(wait_s) {
+    const seconds = Math.max(1, Math.round(wait_s));
+    this.#show({ code: "lost", sentence: `The connection was lost; trying again in ${seconds} s with the same settings.`, label: "Reconnect now", action: "reconnect" });
+  }
+
+  waiting({ position, estimate_s }) {
+    const time = estimate_s ? `, about ${Math.ceil(estimate_s)} s` : "";
+    this.#show({ code: "waiting", sentence: `The server is busy: place ${position} in line${time}.`, label: "Keep waiting", action: "dismiss" });
+  }
+
+  /** Hide the banner if it shows one of these codes (all codes without arguments). */
+  clear(...codes) {
+    if (!codes.length || codes.includes(this.code)) {
+      this.banner.hidden = true;
+      this.code = null;
+    }
+  }
+
+  #show({ code, sentence, label, action, advice = "" }) {
+    this.code = code;
+    this.action = action;
+    this.banner.dataset.code = code;
+    if (this.text.textContent !== sentence) this.text.textContent = sentence;
+    this.button.textContent = label;
+    this.button.title = advice;
+    this.banner.hidden = false;
+  }
+
+  #act() {
+    const action = this.actions[this.action];
+    this.clear();
+    action?.();
+  }
+}

@@ -1,0 +1,106 @@
+/* The stream's settings in this page: what was asked for, what the server accepted, and what Gradio's controls show. */
+
+const SETTLE_MS = 80; // a dragged slider becomes one message
+const NAMES = {
+  noise_scale: "Noise",
+  steps: "Steps",
+  motion_adaptive: "Motion-adaptive noise",
+  sink_frames: "Sinks",
+  window_frames: "Window",
+  seed: "Seed",
+  schedule: "Schedule",
+  policy: "Policy",
+  positions: "Positions",
+};
+const LONGEST_NAME = 44;
+
+export class Settings {
+  /** @param send  called with the changed options, once they have settled */
+  constructor(root, send) {
+    Object.assign(this, { root, send, wanted: {}, good: {}, changes: {}, toShow: {}, changed: [] });
+    this.page = { on_switch: "keep", max_fps: 30 }; // the server does not know these
+    this.styles = [...root.querySelectorAll(".sd-style")];
+    this.prompt = this.styles.find((style) => style.getAttribute("aria-pressed") === "true").dataset.prompt;
+  }
+
+  set(changes) {
+    for (const [name, value] of Object.entries(changes)) {
+      if (value === null || value === "") continue;
+      if (name in this.page) this.page[name] = value;
+      else if (name in NAMES) this.changes[name] = this.wanted[name] = value;
+    }
+    clearTimeout(this.settling);
+    this.settling = setTimeout(() => this.#flush(), SETTLE_MS);
+  }
+
+  /** Remember the prompt and show it: in the text box, and on its thumbnail if it is one of the styles. */
+  showPrompt(prompt) {
+    this.prompt = prompt;
+    for (const style of this.styles) style.setAttribute("aria-pressed", String(style.dataset.prompt === prompt));
+    if (typeof prompt === "string") this.show({ prompt });
+  }
+
+  /** Short name of the prompt for the status line. */
+  get promptName() {
+    const style = this.styles.find(({ dataset }) => dataset.prompt === this.prompt);
+    const text = style?.querySelector("span").textContent ?? (typeof this.prompt === "string" ? this.prompt : "Mixed prompts");
+    return text.length > LONGEST_NAME ? `${text.slice(0, LONGEST_NAME - 1)}…` : text;
+  }
+
+  get changedNames() {
+    return this.changed.length < 3 ? this.changed.map((name) => NAMES[name]).join(" and ") || "Settings" : "Settings";
+  }
+
+  /** The server's settings, of a fresh stream or after a change. */
+  accepted(options) {
+    this.good = flat(options);
+    this.show(this.good);
+  }
+
+  /** What was asked for last is in use. */
+  applied() {
+    Object.assign(this.good, this.wanted);
+  }
+
+  /** The server refused: forget what was asked for last, so that a reconnection does not ask again. */
+  refused() {
+    for (const name of this.changed) delete this.wanted[name];
+  }
+
+  undo() {
+    this.show(this.good);
+  }
+
+  /** Write values into Gradio's controls: they are handed over when the hidden button asks for them. */
+  show(values) {
+    Object.assign(this.toShow, values);
+    this.root.querySelector("#sd-sync").click();
+  }
+
+  /** Values in the order of the controls; controls without a new value are left alone. */
+  values(order) {
+    const values = this.toShow;
+    this.toShow = {};
+    return order.map((name) => values[name] ?? { __type__: "update" });
+  }
+
+  #flush() {
+    const names = Object.keys(this.changes);
+    if (!names.length) return;
+    this.changed = names;
+    this.send(this.changes);
+    this.changes = {};
+  }
+}
+
+/** Options by control name, whether or not the cache's are nested. */
+export function flat(options = {}) {
+  const { cache = {}, ...rest } = options;
+  const all = { ...cache, ...rest };
+  return Object.fromEntries(Object.keys(NAMES).filter((name) => all[name] != null).map((name) => [name, all[name]]));
+}
+
+/** Settings and first prompt of a recipe. */
+export function readSettings(recipe) {
+  return { options: flat(recipe.options), prompt: recipe.prompt ?? recipe.prompts?.at(-1)?.prompt };
+}

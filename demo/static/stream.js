@@ -1,0 +1,312 @@
+/* Entry of the page: joins source, worker, socket, player, stage, meters and messages, and offers `window.streamdiff`.
+   Gradio's controls call `set` and `prompt`; tests read `metrics()` and `lastFrame`. Addresses are relative to this file,
+   so the page works below any path and on https. */
+
+import { Settings, readSettings } from "./settings.js";
+import { Messages } from "./messages.js";
+import { Meters } from "./meters.js";
+import { Player } from "./player.js";
+import { downloadRecipe, downloadSnapshot, readRecipe } from "./recipe.js";
+import { Socket } from "./socket.js";
+import { Source, SourceError } from "./source.js";
+import { Stage } from "./stage.js";
+
+const ROOT = new URL("..", import.meta.url);
+const REFRESH_MS = 500;
+const RECIPE_TIMEOUT_MS = 3000;
+const LIGHTER = { steps: 1, window_frames: 2 };
+
+class StreamDiff {
+  constructor(root) {
+    const actions = this.#actions();
+    Object.assign(this, { root, seq: 0, skipped: 0, captured: 0 });
+    this.settings = new Settings(root, (options) => this.socket.send({ type: "set", options }));
+    this.stage = new Stage(root, actions);
+    this.messages = new Messages(root, actions);
+    this.meters = new Meters(root, () => this.anchor());
+    this.player = new Player((frame) => this.stage.draw(frame));
+    this.worker = new Worker(new URL("worker.js", import.meta.url));
+    this.worker.onmessage = ({ data }) => this.#fromWorker(data);
+    const video = root.querySelector("#sd-video");
+    this.source = new Source(video, new URL("sample.mp4", ROOT).href, (v, now) => this.#capture(v, now), (code) => this.#fallBack(code));
+    const address = new URL("stream", ROOT);
+    address.protocol = address.protocol.replace("http", "ws");
+    this.socket = new Socket(address.href, {
+      opened: () => ({ type: "start", prompt: this.settings.prompt, options: this.settings.wanted }),
+      ready: (ready) => this.#ready(ready),
+      chunk: (header, jpegs, received) => this.worker.postMessage({ type: "decode", header, jpegs, received, stream: this.socket.reconnects }, [jpegs]),
+      message: (message) => this.#message(message),
+      lost: (wait_s, attempts) => this.#lost(wait_s, attempts),
+    });
+    for (const button of root.querySelectorAll(".sd-style")) button.onclick = () => this.prompt(button.dataset.prompt);
+    setInterval(() => this.meters.showPage(this.metrics(), this.stats), REFRESH_MS);
+    this.use("sample");
+    this.socket.connect();
+  }
+
+  // --- what controls and tests call ---------------------------------------------------------------------------
+
+  /** Change settings of the running stream: {noise_scale: 0.4, ...}. */
+  set(changes) {
+    this.settings.set(changes);
+    this.source.maxFps = this.settings.page.max_fps;
+  }
+
+  /** Switch to another prompt, with the chosen policy for the past. */
+  prompt(text, on_switch = this.settings.page.on_switch) {
+    const prompt = typeof text === "string" ? text.trim() : text;
+    if (!prompt) return this.messages.say("Write a prompt first.");
+    this.settings.showPrompt(prompt);
+    this.socket.send({ type: "prompt", prompt, on_switch });
+  }
+
+  /** Values for Gradio's controls, asked for by the hidden button that `Settings` clicks. */
+  controlValues(order) {
+    return this.settings.values(order);
+  }
+
+  /** Forget the past and measure drift from now. */
+  anchor() {
+    this.socket.send({ type: "anchor" });
+    this.messages.say("Re-anchored: drift is measured from now.");
+  }
+
+  /** Play from "sample", "camera" (argument: device id), "file" (argument: File) or "screen". */
+  async use(kind, argument) {
+    this.messages.clear();
+    try {
+      await this.source[kind](argument);
+      this.#shown();
+      if (kind === "camera") await this.#listCameras();
+    } catch (error) {
+      if (!(error instanceof SourceError)) throw error;
+      await this.#fallBack(error.code);
+    }
+  }
+
+  pause(paused = !this.source.paused) {
+    this.source.pause(paused);
+    this.stage.toggle("pause", paused, paused ? "Play" : "Pause");
+    this.messages.say(paused ? "Paused." : "Playing.");
+  }
+
+  record() {
+    const action = this.recording ? "stop" : "start";
+    const side_by_side = this.root.querySelector("#sd-record-both").checked;
+    if (!this.socket.send({ type: "record", action, side_by_side })) return;
+    this.#showRecording(action === "start" ? { seconds: 0 } : null);
+    this.messages.say(action === "start" ? "Recording starts with a fresh stream, so that its recipe gives the same video again." : "Finishing the recording …");
+  }
+
+  /** The stream's recipe, as the server knows it. */
+  recipe() {
+    return new Promise((done, refused) => {
+      this.onRecipe = done;
+      if (!this.socket.send({ type: "recipe" })) refused(new Error("not connected"));
+      setTimeout(() => refused(new Error("no answer")), RECIPE_TIMEOUT_MS);
+    });
+  }
+
+  /** Settings and prompt from a recipe. */
+  load(recipe) {
+    const { prompt, options } = readSettings(recipe);
+    this.set(options);
+    this.settings.show(options);
+    if (prompt) this.prompt(prompt, "reset");
+    this.messages.say("Recipe loaded.");
+  }
+
+  get lastFrame() {
+    return this.player.lastFrame;
+  }
+
+  /** What this page measured, and the last `stats` of the server. */
+  metrics() {
+    const { player, socket, captured, skipped } = this;
+    return {
+      connected: Boolean(socket.ready), reconnects: Math.max(0, socket.reconnects), unacked: socket.unacked, source: this.source.kind,
+      paused: this.source.paused, captured, skipped: skipped + player.skipped, drawn: player.drawn, queued: player.queue.length,
+      fps: player.fps, ttff_ms: player.ttff_ms, lag_p50_ms: player.lag(50), lag_p95_ms: player.lag(95), interval_ms: player.interval_ms,
+      applied: this.applied ?? null, lastFrame: player.lastFrame, ready: socket.ready, server: this.stats ?? null,
+    };
+  }
+
+  // --- frames ---------------------------------------------------------------------------------------------------
+
+  async #capture(video, now) {
+    this.captured += 1;
+    this.stage.drawLive(video, this.source.mirror, this.player.drawn > 0);
+    if (!this.socket.canSend) {
+      if (this.socket.ready) this.skipped += 1;
+      return;
+    }
+    const seq = this.seq++;
+    const { mirror } = this.source;
+    const [width, height] = this.socket.ready.size;
+    this.socket.reserve(seq);
+    this.player.captured(seq, now);
+    const bitmap = await createImageBitmap(video);
+    this.worker.postMessage({ type: "encode", seq, bitmap, width, height, mirror }, [bitmap]);
+  }
+
+  #fromWorker(data) {
+    if (data.type === "encoded") {
+      this.socket.sendFrame(data.bytes);
+      this.player.input(data.seq, data.picture);
+    } else if (data.type === "decoded" && data.stream === this.socket.reconnects) {
+      this.player.push(data.header, data.pictures, data.received);
+    } else if (data.type === "failed") {
+      console.error("worker:", data.message);
+    }
+  }
+
+  // --- messages of the server -----------------------------------------------------------------------------------
+
+  #ready(ready) {
+    this.messages.clear("lost", "waiting", "server_full", "worker_crash", "model_missing");
+    this.player.reset();
+    this.meters.reset();
+    this.stage.resize(ready.size);
+    this.#showRecording(null);
+    this.#chip("link", "live", "live");
+    this.#chip("model", `${ready.preset} on ${ready.device}`);
+    this.settings.accepted(ready.options);
+    this.stage.tag.textContent = this.settings.promptName;
+    this.messages.say(this.socket.reconnects ? "Connected again, with the same settings." : "Playing the sample clip.");
+  }
+
+  #message(message) {
+    const handle = {
+      stats: () => this.#stats(message),
+      applied: () => this.#applied(message),
+      error: () => this.#error(message),
+      recipe: () => this.onRecipe?.(message.recipe),
+      recording: () => this.#recorded(message),
+    }[message.type];
+    handle?.();
+  }
+
+  #stats(stats) {
+    this.stats = stats;
+    this.meters.showStats(stats);
+    this.#chip("sessions", stats.sessions > 1 ? `${stats.sessions} viewers` : "");
+    this.#showRecording(stats.recording);
+    if (stats.waiting) this.messages.waiting(stats.waiting);
+    else this.messages.clear("waiting");
+  }
+
+  #applied(applied) {
+    this.applied = applied;
+    const isPrompt = applied.what === "prompt";
+    const what = isPrompt ? this.settings.promptName : this.settings.changedNames;
+    const when = `applied at chunk ${applied.chunk} after ${(applied.after_ms / 1000).toFixed(1)} s`;
+    this.messages.say(`${what} ${when}${applied.note ? `: ${applied.note}` : "."}`);
+    if (isPrompt) this.stage.tag.textContent = what;
+    else this.settings.applied();
+  }
+
+  #error(error) {
+    this.messages.failServer(error);
+    if (error.fatal) this.#chip("link", "stopped", "lost");
+    if (error.code === "bad_setting") this.settings.refused();
+  }
+
+  #recorded({ url, mp4, recipe, seconds, frames }) {
+    const links = { mp4, zip: url, recipe };
+    for (const [name, path] of Object.entries(links)) {
+      const link = this.root.querySelector(`#sd-download-${name}`);
+      link.hidden = !path;
+      if (path) link.href = new URL(path, ROOT).href;
+    }
+    this.root.querySelector("#sd-downloads").hidden = false;
+    this.messages.say(`Recorded ${seconds.toFixed(1)} s, ${frames} frames.`);
+    this.#showRecording(null);
+  }
+
+  #lost(wait_s, attempts) {
+    this.#chip("link", "offline", "lost");
+    this.#showRecording(null);
+    if (attempts > 1 || this.socket.reconnects >= 0) this.messages.lost(wait_s);
+  }
+
+  // --- actions and what is shown --------------------------------------------------------------------------------
+
+  #actions() {
+    return {
+      sample: () => this.use("sample"),
+      camera: (id) => this.use("camera", id),
+      screen: () => this.use("screen"),
+      choose_file: () => this.root.querySelector("#sd-file").click(),
+      open: (file) => this.#open(file),
+      mirror: (mirrored) => (this.source.mirrorCamera = mirrored),
+      pause: () => this.pause(),
+      record: () => this.record(),
+      snapshot: () => this.#snapshot(),
+      recipe: () => this.recipe().then(downloadRecipe, () => this.messages.say("No recipe yet: the stream is not running.")),
+      reconnect: () => this.socket.connect(),
+      lighter: () => this.#lighter(),
+      undo: () => this.settings.undo(),
+      reload: () => location.reload(),
+    };
+  }
+
+  async #open(file) {
+    if (!/\.(json|png)$/i.test(file.name)) return this.use("file", file);
+    await readRecipe(file).then(
+      (recipe) => this.load(recipe),
+      () => this.messages.fail("bad_recipe"),
+    );
+  }
+
+  async #snapshot() {
+    const picture = this.stage.picture();
+    const recipe = await this.recipe().catch(() => null);
+    await downloadSnapshot(picture, recipe);
+    this.messages.say("Snapshot saved, its recipe inside.");
+  }
+
+  #lighter() {
+    this.set(LIGHTER);
+    this.settings.show(LIGHTER);
+    if (!this.socket.ready) this.socket.connect();
+  }
+
+  /** A source failed: say it, and let the sample clip play on. */
+  async #fallBack(code) {
+    this.messages.fail(code);
+    if (code !== "no_sample" && this.source.kind !== "sample") await this.source.sample().catch(() => {});
+    this.#shown();
+  }
+
+  #shown() {
+    this.stage.showSource(this.source.kind);
+    this.stage.toggle("pause", this.source.paused, this.source.paused ? "Play" : "Pause");
+  }
+
+  async #listCameras() {
+    const options = (await this.source.cameras()).map(({ id, name }) => new Option(name, id, false, id === this.source.cameraId));
+    this.root.querySelector("#sd-device").replaceChildren(...options);
+  }
+
+  #showRecording(recording) {
+    this.recording = recording ?? null;
+    this.stage.toggle("record", Boolean(recording), recording ? "Stop" : "Record");
+    const note = this.root.querySelector("#sd-recording");
+    note.hidden = !recording;
+    note.textContent = recording ? `recording ${Math.floor(recording.seconds)} s` : "";
+  }
+
+  #chip(id, text, state) {
+    const chip = this.root.querySelector(`#sd-${id}`);
+    Object.assign(chip, { textContent: text, hidden: !text });
+    if (state) chip.dataset.state = state;
+  }
+}
+
+/** Gradio builds the page after this script is read: start when stage and controls are there. */
+function start() {
+  const isThere = ["#sd-stage", "#sd-meters .sd-numbers", "#sd-gallery .sd-style", "#sd-sync"].every((part) => document.querySelector(part));
+  if (isThere) window.streamdiff = new StreamDiff(document);
+  else requestAnimationFrame(start);
+}
+start();
