@@ -236,13 +236,13 @@ def test_recache_after_a_change_rewrites_the_carried_frames(pipe, frames, window
 def test_every_policy_goes_on(pipe, frames, policy, changes):
     """Whatever a policy keeps: no frame is lost, and where only the steps change its last row is what it was."""
     session = pipe.start("pencil", steps=2, policy=policy)
-    session.push(frames[:CHANGE_AFTER])
+    session.push(frames[:29])  # frame 7 sits where frame 4 was: the ring is not in order
     session.flush()
     past = session.cache.tables[-1].copy()
     session._denoiser._set_options(replace(session.options, steps=1))
     assert session.cache.tables[0] == past
     session.set_options(**changes)
-    stream(session, frames[CHANGE_AFTER:])
+    stream(session, frames[29:])
     assert session.stats.num_frames_out == NUM_FRAMES
 
 
@@ -254,6 +254,24 @@ def test_another_policy_starts_empty(pipe, frames):
         stream(session, frames[CHANGE_AFTER:29])
         assert session.cache.policy == POLICIES[policy](session.options.cache)
         assert {slot["frame"] for slot in session.stats.cache_slots} == {7}
+
+
+def test_the_new_policy_says_which_switches_there_are(pipe, frames, monkeypatch):
+    """Also in the gap before its first chunk, whichever way round."""
+
+    class CutPolicy(SinkPolicy):
+        switches = (*SinkPolicy.switches, "cut")
+
+    monkeypatch.setitem(POLICIES, "cutting", CutPolicy)
+    session = pipe.start("pencil")
+    session.push(frames[:CHANGE_AFTER])
+    session.set_options(policy="cutting")
+    session.set_prompt("ink", "cut")
+    session.set_options(policy="sink")
+    with pytest.raises(ValueError, match="no rule for on_switch='cut'; use cutting"):
+        session.set_prompt("ink", "cut")
+    stream(session, frames[CHANGE_AFTER:])
+    assert session.stats.num_frames_out == NUM_FRAMES
 
 
 # --- memory -------------------------------------------------------------------------------------------------
