@@ -14,6 +14,7 @@ from streamdiff_core.config import CacheConfig, ModelConfig, Preset, get_preset,
 from streamdiff_core.types import CheckpointError, StreamClosedError, VideoReadError
 
 if TYPE_CHECKING:
+    from streamdiff_core.drift import Drift, DriftMeter
     from streamdiff_core.pipeline import StreamPipeline
     from streamdiff_core.session import StreamSession
     from streamdiff_core.stream_options import StreamOptions, StreamStats
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Drift": "drift",
+    "DriftMeter": "drift",
     "StreamPipeline": "pipeline",
     "StreamSession": "session",
     "StreamOptions": "stream_options",
@@ -32,6 +35,8 @@ _LAZY = {
 __all__ = [
     "CacheConfig",
     "CheckpointError",
+    "Drift",
+    "DriftMeter",
     "ModelConfig",
     "Preset",
     "StreamClosedError",
