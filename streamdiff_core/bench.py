@@ -145,11 +145,11 @@ def measure_stream(
         "session_bytes": session.nbytes,
     }
     if options.compare_eager:
-        num_rows = steps if session.options.schedule == "stream_batch" else 1
         stride = pipe.preset.vae.spatial_stride
         comparison = compare_with_eager(
             pipe.transformer, session.options.cache, pipe.text_encoder.encode([PROMPT]),
-            latent_size=(height // stride, width // stride), policy=session.options.policy, num_rows=num_rows,
+            latent_size=(height // stride, width // stride), policy=session.options.policy,
+            num_rows=session.schedule.num_cache_rows,
         )  # fmt: skip
         run["eager_float32"] = asdict(comparison)
     session.close()

@@ -18,7 +18,7 @@ from streamdiff_core.engine import Engine
 from streamdiff_core.flow import nearest_table_sigma, sigma_from_timestep, sigma_table
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import make_policy
-from streamdiff_core.schedules import SCHEDULES
+from streamdiff_core.schedules import make_schedule
 from streamdiff_core.schedules.steps import NoiseSource, Stepper
 from streamdiff_core.stream_options import StreamOptions
 from streamdiff_core.types import Chunk, DenoisedChunk, DenoiseSchedule, Emit, Fork, ForwardOp, RowOp
@@ -48,8 +48,7 @@ class Denoiser:
         """The stream's schedule, empty."""
         o, noise_of = self.options, self._noise_of  # no reference to self: freed as soon as the stream is
         stepper = Stepper(lambda chunk_idx, *rest: noise_of[chunk_idx](chunk_idx, *rest), self.sigma_of)
-        kwargs = {"clean_pass": o.clean_pass} if o.schedule == "sequential" else {}
-        return SCHEDULES[o.schedule](stepper, o.steps, **kwargs)
+        return make_schedule(o.schedule, stepper, o.steps, clean_pass=o.clean_pass, options=o.schedule_options)
 
     def _new_cache(self) -> KVCache:
         model = self.engine.transformer
@@ -95,7 +94,7 @@ class Denoiser:
         the other rows. Its past is what the last cache row held, the one that finished chunks leave through; under
         another policy it has none.
         """
-        built_from = ("steps", "schedule", "clean_pass", "policy", "policy_options", "cache")
+        built_from = ("steps", "schedule", "schedule_options", "clean_pass", "policy", "policy_options", "cache")
         if all(getattr(options, name) == getattr(self.options, name) for name in built_from):
             self.options = options
             return []

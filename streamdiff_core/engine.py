@@ -57,7 +57,7 @@ class Engine:
         )
         views = [cache.begin(row.cache_row, row.frame_ids, row.descriptor, row.prompt) for cache, row in rows]
         velocity = self.transformer(xt, timestep, [row.prompt for _, row in rows], views)
-        return [x0_from_velocity(x, v, row.sigma) for x, v, (_, row) in zip(xt, velocity, rows, strict=True)]
+        return [x0_from_velocity(x, v, _level(row)) for x, v, (_, row) in zip(xt, velocity, rows, strict=True)]
 
 
 def batches(rows: Sequence[tuple[KVCache, RowOp]]) -> list[list[int]]:
@@ -73,3 +73,8 @@ def batches(rows: Sequence[tuple[KVCache, RowOp]]) -> list[list[int]]:
     for i, (_, row) in enumerate(rows):
         groups.setdefault(row.xt.shape, []).append(i)
     return list(groups.values())
+
+
+def _level(row: RowOp) -> float | Tensor:
+    """Noise level of the row, or of each of its latent frames [F]."""
+    return torch.tensor(row.sigma, dtype=torch.float64) if isinstance(row.sigma, tuple) else row.sigma

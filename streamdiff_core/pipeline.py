@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,7 @@ class StreamPipeline:
         noise_scale: float | None = None,
         motion_adaptive: bool = True,
         schedule: str | None = None,
+        schedule_options: Mapping[str, Any] | None = None,
         clean_pass: bool | None = None,
         policy: str = "sink",
         policy_options: Mapping[str, Any] | None = None,
@@ -150,6 +152,7 @@ class StreamPipeline:
             noise_scale=p.noise_scale if noise_scale is None else noise_scale,
             motion_adaptive=motion_adaptive,
             schedule=p.schedule.kind if schedule is None else schedule,
+            schedule_options=deepcopy(schedule_options or {}),
             clean_pass=p.schedule.clean_pass if clean_pass is None else clean_pass,
             policy=policy,
             policy_options=dict(policy_options or {}),

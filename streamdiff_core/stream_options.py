@@ -9,7 +9,8 @@ from typing import Any
 from streamdiff_core.config import CacheConfig, Preset
 from streamdiff_core.kv_policies import make_policy
 from streamdiff_core.plain_data import check_fields, from_plain
-from streamdiff_core.schedules import SCHEDULES
+from streamdiff_core.schedules import make_schedule
+from streamdiff_core.schedules.steps import Stepper
 
 Prompt = str | Mapping[str, float]
 SWITCHES = ("keep", "recache", "flush", "reset", "cut")
@@ -31,8 +32,10 @@ class StreamOptions:
     """Whether motion lowers the noise scale."""
     schedule: str = "stream_batch"
     """Name of the denoise schedule."""
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
+    """The schedule's knobs, plain values; as ``list_mechanisms()`` names them."""
     clean_pass: bool = False
-    """Sequential only: rewrite the cache with clean latents after each chunk."""
+    """Rewrite the cache with clean latents after each chunk, where the schedule offers it."""
     policy: str = "sink"
     """Name of the KV policy."""
     policy_options: Mapping[str, Any] = field(default_factory=dict)
@@ -100,23 +103,27 @@ def check_options(options: StreamOptions, preset: Preset) -> None:
         raise ValueError(f"noise_scale must lie in (0, 1], got {o.noise_scale}; 0.5 is a good start")
     if o.width % multiple or o.height % multiple or min(o.width, o.height) < 64:
         raise ValueError(f"width and height must be multiples of {multiple} from 64 on, got {o.width}x{o.height}")
-    if o.schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {o.schedule!r}; known: {', '.join(SCHEDULES)}")
     policy = make_policy(o.policy, o.cache, o.policy_options)
+    unused = Stepper(noise=None, sigma_of=None)
+    schedule = make_schedule(o.schedule, unused, o.steps, clean_pass=o.clean_pass, options=o.schedule_options)
     if o.mode not in ("v2v", "t2v"):
         raise ValueError(f"mode must be 'v2v' or 't2v', got {o.mode!r}")
     if o.mode == "t2v" and not preset.text_to_video:
         raise ValueError(f"preset {preset.name!r} is not trained for text-to-video; push frames with mode='v2v'")
-    most = min(o.cache.window_frames, o.cache.cache_frames - 1)
-    if not 1 <= o.latent_frames_per_chunk <= most:
+    room, together = min(o.cache.window_frames, o.cache.cache_frames - 1), schedule.cost.chunks_per_row
+    if not 1 <= o.latent_frames_per_chunk <= room:
         raise ValueError(
-            f"latent_frames_per_chunk must be between 1 and {most}, got {o.latent_frames_per_chunk}: a chunk must fit "
+            f"latent_frames_per_chunk must be between 1 and {room}, got {o.latent_frames_per_chunk}: a chunk must fit "
             f"the window of {o.cache.window_frames} latent frames, and the first one, which has one more, the cache "
             f"of {o.cache.cache_frames}; raise window_frames"
         )
-    policy.check(o.latent_frames_per_chunk)
-    if o.clean_pass and o.schedule != "sequential":
-        raise ValueError("clean_pass needs schedule='sequential'")
+    if o.latent_frames_per_chunk * together > room:
+        raise ValueError(
+            f"{o.schedule} denoises {together} chunks together, {o.latent_frames_per_chunk * together} latent frames, "
+            f"which must fit the window of {o.cache.window_frames} and, with one more at the start, the cache of "
+            f"{o.cache.cache_frames}; raise window_frames or lower steps"
+        )
+    policy.check(o.latent_frames_per_chunk * together)
     if o.deadline_ms is not None and o.deadline_ms <= 0:
         raise ValueError(f"deadline_ms must be above 0, or None for no deadline, got {o.deadline_ms}")
 

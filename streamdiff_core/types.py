@@ -154,8 +154,8 @@ class RowOp:
 
     xt: Tensor
     """Noisy latents [F, C, h, w]."""
-    sigma: float
-    """Noise level of ``xt`` in [0, 1]."""
+    sigma: float | tuple[float, ...]
+    """Noise level of ``xt`` in [0, 1]; one value, or one per latent frame."""
     timestep: float | tuple[float, ...]
     """What the model is told, in [0, 1000]; one value, or one per latent frame."""
     frame_ids: tuple[int, ...]
@@ -223,12 +223,28 @@ class Chunk:
     """``StreamOptions`` the chunk was made under; they hold from this chunk on. None: those before it."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScheduleCost:
+    """What a schedule costs once it runs evenly."""
+
+    latency_chunks: int
+    """Chunks that enter after a chunk before it leaves."""
+    forwards_per_chunk: tuple[int, int]
+    """Least and most forwards per chunk; they differ where the content decides."""
+    rows_per_forward: int = 1
+    """Rows of the largest forward."""
+    chunks_per_row: int = 1
+    """Chunks denoised as one sequence in the longest row."""
+
+
 @runtime_checkable
 class DenoiseSchedule(Protocol):
     """Which forwards, at which noise level, in which order, and when chunks leave."""
 
     num_cache_rows: int
-    """Cache rows a stream needs."""
+    """Cache rows a stream needs; the last one holds the past of the chunks that leave."""
+    cost: ScheduleCost
+    """What it costs."""
 
     def push(self, chunk: Chunk | None) -> Generator[ForwardOp | Fork | Emit, list[Tensor] | None, None]:
         """Process one chunk; ``None`` flushes one tick. ``x0s = yield ForwardOp(...)``; ``yield Emit(...)``."""

@@ -60,9 +60,9 @@ def test_everything_is_listed():
     assert all(m.training_free.startswith("no: ") and m.paper for m in waiting)
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
-def test_every_policy_says_what_a_reader_needs(name):
-    (m,) = [m for m in list_mechanisms() if m.name == name and m.kind == "policy"]
+@pytest.mark.parametrize("kind, name", [("policy", n) for n in sorted(POLICIES)] + [("schedule", n) for n in SCHEDULES])
+def test_each_says_what_a_reader_needs(kind, name):
+    (m,) = [m for m in list_mechanisms() if m.name == name and m.kind == kind]
     assert m.title.endswith(".") and m.paper and m.cost and m.look_for
     assert m.training_free.split()[0].strip(".,:") in ("yes", "runs", "no")
     assert all(knob.summary for knob in m.knobs), "each knob needs a docstring line"

@@ -40,13 +40,18 @@ def pipe():
         (dict(width=72), "multiples of 16 from 64 on, got 72x64"),
         (dict(width=0), "got 0x64"),
         (dict(height=48), "got 64x48"),
-        (dict(schedule="euler"), "unknown schedule 'euler'; known: sequential, stream_batch"),
+        (dict(schedule="euler"), "unknown schedule 'euler'; known: best_of, rolling_window, sequential"),
         (dict(schedule=""), "unknown schedule ''"),
         (dict(policy="magic"), "unknown policy 'magic'; known: sink"),
         (dict(mode="i2v"), "mode must be 'v2v' or 't2v', got 'i2v'"),
         (dict(latent_frames_per_chunk=0), "between 1 and 3, got 0"),
         (dict(latent_frames_per_chunk=4), "window of 3 latent frames.*raise window_frames"),
-        (dict(clean_pass=True), "clean_pass needs schedule='sequential'"),
+        (
+            dict(clean_pass=True),
+            "schedule 'stream_batch' has no clean_pass to switch on; use one of best_of, sequential",
+        ),
+        (dict(schedule_options=dict(beam=2)), "schedule 'stream_batch' has no knob 'beam'"),
+        (dict(schedule="rolling_window", steps=4), "4 chunks together, 4 latent frames.*window of 3.*lower steps"),
     ],
 )
 def test_start_refuses(pipe, options, says):

@@ -6,62 +6,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from schedule_script import SHAPE, events_of, make_chunk, script, short, stepper
 from torch.testing import assert_close
 
-from streamdiff_core.schedules import SCHEDULES, Sequential, StreamBatch
-from streamdiff_core.schedules.steps import NoiseSource, Stepper
-from streamdiff_core.types import Chunk, DenoiseSchedule, Emit, Fork, ForwardOp
-
-SHAPE = (1, 2, 2, 2)
-
-
-def noise_of(chunk_idx, step, like):
-    """1000 c + 100 s everywhere: a swapped draw is seen at once."""
-    return torch.full_like(like, 1000.0 * chunk_idx + 100.0 * step)
-
-
-def x0_of(row):
-    """What the fake model predicts: differs per chunk and step."""
-    return torch.full_like(row.xt, row.chunk_idx + row.step / 10)
-
-
-def make_chunk(idx, timesteps=(700.0, 500.0, 200.0), noise_scale=0.25):
-    frames = (0, 1) if idx == 0 else (idx + 1,)
-    latents = torch.full((len(frames), *SHAPE[1:]), -1.0)
-    return Chunk(
-        chunk_idx=idx, frame_ids=frames, latents=latents, noise_scale=noise_scale,
-        timesteps=timesteps, prompt=f"prompt {idx}", descriptor=f"descriptor {idx}",
-    )  # fmt: skip
-
-
-def stepper():
-    return Stepper(noise_of, lambda timestep: timestep / 1000)
-
-
-def events_of(schedule, chunk):
-    """All events of one push; forwards as lists of their rows."""
-    events, reply, log = schedule.push(chunk), None, []
-    while True:
-        try:
-            event = events.send(reply)
-        except StopIteration:
-            return log
-        reply = [x0_of(row) for row in event.rows] if isinstance(event, ForwardOp) else None
-        log.append(event)
-
-
-def short(event):
-    """An event as a tuple that can be written by hand."""
-    if isinstance(event, ForwardOp):
-        return ("forward", *((r.chunk_idx, r.step, r.cache_row) for r in event.rows))
-    if isinstance(event, Fork):
-        return ("fork", event.src, event.dst)
-    assert isinstance(event, Emit)
-    return ("emit", event.chunk_idx, round(event.latents.mean().item(), 3))
-
-
-def script(schedule, chunks):
-    return [[short(e) for e in events_of(schedule, c)] for c in chunks]
+from streamdiff_core.schedules import SCHEDULES, Sequential, StreamBatch, knobs_of, make_schedule
+from streamdiff_core.schedules.steps import NoiseSource
+from streamdiff_core.types import DenoiseSchedule, Emit, ForwardOp
 
 
 def test_stream_batch_with_three_steps():
@@ -196,8 +146,44 @@ def test_list_edited_in_place():
 
 
 def test_registry_holds_schedules():
+    """Every file with a ``SCHEDULE`` is found; the modules they share are not taken for one."""
+    assert sorted(SCHEDULES) == [
+        "best_of", "rolling_window", "sequential", "speculative", "stream_batch", "timestep_parallel",
+    ]  # fmt: skip
     for build in SCHEDULES.values():
         assert isinstance(build(stepper(), 2), DenoiseSchedule)
+
+
+def test_knobs_and_the_clean_pass_reach_the_schedule():
+    assert knobs_of(StreamBatch) == {}
+    assert knobs_of(Sequential) == dict(clean_pass=False, cache_per_step=False, step_lists=None)
+    built = make_schedule("best_of", stepper(), 2, clean_pass=True, options=dict(candidates=3, carry=0))
+    assert (built.num_cache_rows, built.clean_pass, built.carry) == (3, True, 0)  # a whole number where numbers go
+
+
+@pytest.mark.parametrize(
+    "name, options, says",
+    [
+        ("euler", {}, "unknown schedule 'euler'; known: best_of, rolling"),
+        ("stream_batch", dict(beam=2), "schedule 'stream_batch' has no knob 'beam'; it has: none"),
+        ("best_of", dict(beam=2), "no knob 'beam'; it has: candidates, scorer, carry"),
+        ("best_of", dict(clean_pass=True), "no knob 'clean_pass'"),  # it has a switch of its own
+        ("best_of", dict(candidates="2"), "knob 'candidates' takes values like 2, got '2'"),
+        ("best_of", dict(candidates=True), "knob 'candidates' takes values like 2, got True"),
+        ("best_of", dict(candidates=2.5), "knob 'candidates' takes values like 2, got 2.5"),
+        ("sequential", dict(cache_per_step=1), "knob 'cache_per_step' takes values like False, got 1"),
+        ("sequential", "candidates", "schedule_options must map knobs to values, got 'candidates'"),
+    ],
+)
+def test_unusable_options(name, options, says):
+    with pytest.raises(ValueError, match=says):
+        make_schedule(name, stepper(), 2, options=options)
+
+
+@pytest.mark.parametrize("name", ["rolling_window", "stream_batch", "timestep_parallel"])
+def test_a_clean_pass_needs_a_schedule_that_offers_it(name):
+    with pytest.raises(ValueError, match=f"'{name}' has no clean_pass.*use one of best_of, sequential, speculative"):
+        make_schedule(name, stepper(), 2, clean_pass=True)
 
 
 # --- noise --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What every schedule shares: reproducible noise, and the way a chunk moves from one noise level to the next.
+"""What schedules share: reproducible noise, and the way a chunk moves from one noise level to the next.
 
 Noise is a function of (seed, chunk, step), not of the order of the calls: the same chunk gets the same noise under
 every schedule, in every split of the input, next to any other session.
@@ -6,14 +6,14 @@ every schedule, in every split of the input, next to any other session.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from streamdiff_core.flow import add_noise
-from streamdiff_core.types import Chunk, RowOp
+from streamdiff_core.types import Chunk, ForwardOp, RowOp
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Stepper:
         """Cache rewrite with clean latents at timestep 0."""
         return RowOp(
             xt=x0, sigma=0.0, timestep=0.0, frame_ids=chunk.frame_ids, cache_row=cache_row,
-            chunk_idx=chunk.chunk_idx, step=len(chunk.timesteps), prompt=chunk.prompt, kind="clean",
+            chunk_idx=chunk.chunk_idx, step=len(chunk.timesteps), prompt=chunk.prompt, descriptor=chunk.descriptor,
+            kind="clean",
         )  # fmt: skip
 
     def _row(self, chunk: Chunk, step: int, xt: Tensor, cache_row: int) -> RowOp:
@@ -66,3 +67,36 @@ class Stepper:
             xt=xt, sigma=self.sigma_of(timestep), timestep=timestep, frame_ids=chunk.frame_ids, cache_row=cache_row,
             chunk_idx=chunk.chunk_idx, step=step, prompt=chunk.prompt, descriptor=chunk.descriptor,
         )  # fmt: skip
+
+
+def denoise_in_turn(
+    stepper: Stepper, chunk: Chunk, cache_rows: Sequence[int]
+) -> Generator[ForwardOp, list[Tensor], Tensor]:
+    """All steps of one chunk, step j on cache row ``cache_rows[j]``; returns x0 [F, C, h, w]."""
+    (x0,) = yield ForwardOp([stepper.first(chunk, cache_rows[0])])
+    for step, cache_row in enumerate(cache_rows[1:], start=1):
+        (x0,) = yield ForwardOp([stepper.next(chunk, step, x0, cache_row)])
+    return x0
+
+
+def scaled_steps(first_timestep: float, step_list: Sequence[float]) -> tuple[float, ...]:
+    """A list of timesteps with its first one moved to ``first_timestep`` and the others in proportion.
+
+    Video to video starts where the noise controller says, so the lists of text-to-video papers keep their shape only.
+    """
+    return tuple(first_timestep * t / step_list[0] for t in step_list)
+
+
+def join_rows(rows: Sequence[RowOp], cache_row: int) -> RowOp:
+    """Rows of neighbouring chunks as one sequence; it belongs to the first of them, as its prompt does."""
+    if len(rows) == 1:
+        return replace(rows[0], cache_row=cache_row)
+    counts = [len(row.frame_ids) for row in rows]
+    return replace(
+        rows[0],
+        xt=torch.cat([row.xt for row in rows]),
+        sigma=tuple(row.sigma for row, n in zip(rows, counts, strict=True) for _ in range(n)),
+        timestep=tuple(row.timestep for row, n in zip(rows, counts, strict=True) for _ in range(n)),
+        frame_ids=tuple(frame for row in rows for frame in row.frame_ids),
+        cache_row=cache_row,
+    )

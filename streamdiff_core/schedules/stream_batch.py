@@ -13,23 +13,32 @@ from collections.abc import Generator
 
 from torch import Tensor
 
-from streamdiff_core.schedules.sequential import denoise_in_turn
-from streamdiff_core.schedules.steps import Stepper
-from streamdiff_core.types import Chunk, Emit, Fork, ForwardOp, RowOp
+from streamdiff_core.schedules._registry import schedule
+from streamdiff_core.schedules.steps import Stepper, denoise_in_turn
+from streamdiff_core.types import Chunk, Emit, Fork, ForwardOp, RowOp, ScheduleCost
 
 
+@schedule("stream_batch")
 class StreamBatch:
-    """One forward of up to S rows per chunk; S - 1 chunks are in flight.
+    """S steps of S neighbouring chunks in one batched forward; a chunk leaves S - 1 chunks later.
 
-    ``is_first`` says that the next chunk opens the stream; after it, ``forwards_per_chunk`` is how many forwards a push
-    asks for, so that pipeline stages know when the next chunk may follow.
+    Paper: StreamDiffusion (stream batch), StreamDiffusionV2 §3.3.
+    Training-free: yes on CausVid-type weights; those trained on clean context see a context as noisy as the query.
+    Cost: one forward of S rows per chunk; latency S - 1 chunks; S cache rows.
+    Look for: S times fewer forwards than sequential, and the delay.
+    Deviates: rows that hold no chunk are not computed, and the last chunks are flushed; upstream loses them.
     """
+
+    is_first: bool
+    """Whether the next chunk opens the stream, with S forwards; later ones take ``forwards_per_chunk``, so that
+    pipeline stages know when the next chunk may follow."""
 
     forwards_per_chunk = 1
 
     def __init__(self, stepper: Stepper, num_steps: int) -> None:
         self.stepper, self.num_steps = stepper, num_steps
         self.num_cache_rows = num_steps
+        self.cost = ScheduleCost(num_steps - 1, (1, 1), rows_per_forward=num_steps)
         self._in_flight: deque[tuple[Chunk, RowOp]] = deque()  # newest first
         self.is_first = True
 
