@@ -30,7 +30,7 @@ class Sequential:
     """All steps of a chunk in turn; a chunk leaves at once.
 
     Paper: Self Forcing; first-chunk-more of Causal Forcing++, diagonal of Diagonal Distillation (SEEDS §4).
-    Training-free: yes; fewer steps than the weights were distilled for, or no clean pass, let errors grow.
+    Training-free: yes: fewer steps than the weights were distilled for, or no clean pass, let errors grow.
     Cost: S forwards per chunk, one more with ``clean_pass``; no latency; 1 cache row, S with one per step.
     Look for: the sharpest reaction to the input, at the lowest frame rate.
     Deviates: in video to video the published step lists are scaled to start where the noise controller says.

@@ -124,6 +124,21 @@ def test_a_new_prompt_changes_its_own_chunks_only(pipe, frames, whole, name, swi
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+def test_change_of_schedule_in_a_running_stream(pipe, frames, name):
+    """There and back: no frame is lost, and what is carried over is the past of chunks that left, never a draft."""
+    plain = dict(schedule="sequential", steps=2, schedule_options={}, clean_pass=False)
+    session = pipe.start("pencil", **plain)
+    latents, out = record_latents(session), [session.push(frames[:17])]
+    session.set_options(**plain | options_of(name))
+    out.append(session.push(frames[17:29]))
+    session.set_options(**plain)
+    out.append(session.push(frames[29:33]))  # chunk 7 and what was in flight before it
+    assert len(latents) == 8
+    assert sorted(f for f in session.cache.tables[-1].frames if f is not None)[1:] == [5, 6, 7, 8]  # [0] is a sink
+    assert len(np.concatenate([*out, stream(session, frames[33:])])) == NUM_FRAMES
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 def test_text_to_video(pipe, name):
     session = pipe.start("pencil", mode="t2v", **options_of(name))
     clip = session.generate(num_frames=22)
