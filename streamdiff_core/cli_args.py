@@ -11,11 +11,12 @@ from typing import Any
 
 from streamdiff_core import __version__
 
-SCHEDULES, SWITCHES = (
-    ("stream_batch", "sequential"),
-    ("keep", "recache", "flush", "reset", "cut"),
+SWITCHES = ("keep", "recache", "flush", "reset", "cut")
+POLICIES, SCHEDULES = (
+    tuple(sorted(p.stem for p in (Path(__file__).parent / folder).glob("[a-z]*.py") if mark in p.read_text("utf-8")))
+    for folder, mark in (("kv_policies", "@policy("), ("schedules", "@schedule("))
 )
-POLICIES = tuple(sorted(path.stem for path in (Path(__file__).parent / "kv_policies").glob("[a-z]*.py")))
+"""Read off the files, so that ``--help`` need not import them."""
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 QUANTISATIONS = ("int8", "fp8")
 
