@@ -1,0 +1,1 @@
+"""The live app: ``python -m demo.app``, ``make demo`` or ``streamdiff demo``."""

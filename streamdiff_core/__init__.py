@@ -15,6 +15,8 @@ from streamdiff_core.types import CheckpointError, StreamClosedError, VideoReadE
 
 if TYPE_CHECKING:
     from streamdiff_core.drift import Drift, DriftMeter
+    from streamdiff_core.live_engine import LiveEngine, ServerFullError
+    from streamdiff_core.live_stream import LiveReply, LiveStream
     from streamdiff_core.pipeline import StreamPipeline
     from streamdiff_core.session import StreamSession
     from streamdiff_core.stream_options import StreamOptions, StreamStats
@@ -25,6 +27,10 @@ __version__ = "0.1.0"
 _LAZY = {
     "Drift": "drift",
     "DriftMeter": "drift",
+    "LiveEngine": "live_engine",
+    "LiveReply": "live_stream",
+    "LiveStream": "live_stream",
+    "ServerFullError": "live_engine",
     "StreamPipeline": "pipeline",
     "StreamSession": "session",
     "StreamOptions": "stream_options",
@@ -37,8 +43,12 @@ __all__ = [
     "CheckpointError",
     "Drift",
     "DriftMeter",
+    "LiveEngine",
+    "LiveReply",
+    "LiveStream",
     "ModelConfig",
     "Preset",
+    "ServerFullError",
     "StreamClosedError",
     "StreamOptions",
     "StreamPipeline",

@@ -1,4 +1,4 @@
-"""The command ``streamdiff``: ``run`` a video, ``bench`` and ``doctor`` this machine, list ``presets``.
+"""The command ``streamdiff``: ``run`` a video, open the ``demo``, ``bench`` and ``doctor`` this machine, list ``presets``.
 
 Only progress and printing are here (arguments: ``cli_args``); the work is in ``restyle``, ``bench`` and
 ``doctor``, imported when needed so that ``--help`` is instant. Results go to stdout (``--json``: one object
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "run": run_command,
         "bench": bench_command,
+        "demo": demo_command,
         "doctor": doctor_command,
         "presets": presets_command,
     }
@@ -116,6 +117,26 @@ def bench_command(args: argparse.Namespace) -> int:
         print_json({**result, "report": str(report) if report else None})
     else:
         print("\n".join(bench_report.to_lines(result)), *([report] if report else []), sep="\n")
+    return 0
+
+
+def demo_command(args: argparse.Namespace) -> int:
+    """Open the live app."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "demo" / "app.py").is_file():
+        raise ValueError("the live app is not part of the installed package; clone the repository and run `make demo`")
+    sys.path.insert(0, str(checkout))
+    try:
+        from demo import app
+    except ModuleNotFoundError as error:
+        needed = f"the live app needs {error.name}, which is not installed"
+        raise ValueError(f"{needed}; run: pip install 'streamdiff[demo]'") from error
+    set_threads(args.threads)
+    limits = {"lifetime_s": 60 * args.max_minutes} if args.max_minutes else {}
+    app.serve(
+        host=args.host, port=args.port, open_browser=not args.no_browser, preset=args.preset, device=args.device,
+        dtype=args.dtype, weights=args.weights, max_streams=args.max_streams, **limits,
+    )  # fmt: skip
     return 0
 
 

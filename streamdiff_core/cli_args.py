@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--threads", type=positive(int), help="CPU threads (default: PyTorch's choice)")
     _add_run(commands.add_parser("run", parents=[common, model], help="restyle a video", epilog=RUN_NOTES))
     _add_bench(commands.add_parser("bench", parents=[common, model], help="measure speed, FLOPs and MFU here"))
+    _add_demo(commands.add_parser("demo", parents=[common], help="open the live app in the browser"))
     doctor = commands.add_parser("doctor", parents=[common], help="check this installation and machine")
     doctor.set_defaults(command="doctor")
     presets = commands.add_parser("presets", parents=[common], help="list the presets")
@@ -108,6 +109,20 @@ def _add_bench(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-eager", action="store_true", help="leave out the comparison with float32 eager")
     p.add_argument("--report", nargs="?", const="", metavar="PATH",
                    help="write Markdown (default benchmarks/results/PRESET_HARDWARE_YYYYMM.md)")  # fmt: skip
+
+
+def _add_demo(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(command="demo")
+    p.add_argument("--preset", default="tiny", help="see `streamdiff presets` (default %(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="number type of the model (default auto)")
+    p.add_argument("--weights", metavar="FOLDER", help="transformer, vae and text_encoder .safetensors to use")
+    p.add_argument("--threads", type=positive(int), help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--host", help="address to listen on (default this computer only; 0.0.0.0 for all)")
+    p.add_argument("--port", type=positive(int), help="default: the first free one from 7860 on")
+    p.add_argument("--no-browser", action="store_true", help="only print the address")
+    p.add_argument("--max-streams", type=positive(int), default=4, help="viewers at a time (default %(default)s)")
+    p.add_argument("--max-minutes", type=positive(float), help="end a viewer's stream after so long (default: never)")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -219,6 +219,16 @@ class StreamSession:
         return sum(state.nbytes for state in states)
 
     @property
+    def noise_scale(self) -> float:
+        """Noise scale of the latest chunk."""
+        return self._noise_scale
+
+    @property
+    def motion(self) -> float:
+        """Motion score of the latest chunk."""
+        return self._motion
+
+    @property
     def stats(self) -> StreamStats:
         """Figures of the stream so far."""
         self._check_open()

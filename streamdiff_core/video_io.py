@@ -18,10 +18,10 @@ import numpy as np
 
 from streamdiff_core.frames import resize_and_crop
 from streamdiff_core.types import VideoReadError
-from streamdiff_core.video_reader import FALLBACK_FPS, VideoInfo, probe_file, read_file
+from streamdiff_core.video_reader import FALLBACK_FPS, VideoInfo, probe_file, read_file, read_jpeg
 from streamdiff_core.video_writer import VideoWriter
 
-__all__ = ["VideoInfo", "VideoWriter", "probe", "read_video", "sample_clip_path", "side_by_side"]
+__all__ = ["VideoInfo", "VideoWriter", "probe", "read_jpeg", "read_video", "sample_clip_path", "side_by_side"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -94,6 +94,21 @@ def read_file(path: Path, info: VideoInfo, fps: float | None) -> Iterator[np.nda
         yield image
 
 
+def read_jpeg(jpeg: bytes) -> np.ndarray:
+    """One JPEG as uint8 ``[H, W, 3]``: the pixels that `read_file` gives for it as a frame of an MJPEG file.
+
+    Raises:
+        VideoReadError: Not a JPEG, or cut short before its picture.
+    """
+    import av
+
+    try:
+        (frame,) = av.CodecContext.create("mjpeg", "r").decode(av.Packet(jpeg))
+        return frame.to_ndarray(format="rgb24", interpolation=_UNBIASED_SCALING)
+    except (av.FFmpegError, ValueError) as error:
+        raise VideoReadError("not a readable JPEG picture") from error
+
+
 def at_constant_rate(frames: Iterator[av.VideoFrame], source_fps: float, fps: float) -> Iterator[av.VideoFrame]:
     """At each sample time k / fps the newest frame not later; the last one stays for its own duration."""
     start_s, current, time_s, k = None, None, 0.0, 0

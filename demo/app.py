@@ -1,0 +1,177 @@
+"""Starts the live app: one FastAPI with the stream's socket, the files of the page, and Gradio's Blocks on top.
+
+Runs as ``make demo``, ``streamdiff demo``, ``python demo/app.py`` or a Hugging Face Space. Everything is served from
+here: no CDN, no web font, no analytics. The model loads in its own thread while the page already opens; if it cannot
+be loaded the page says so.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import webbrowser
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+if str(FOLDER.parent) not in sys.path:  # run as a script, as a Space does
+    sys.path.insert(0, str(FOLDER.parent))
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr  # noqa: E402
+import uvicorn  # noqa: E402
+from fastapi import FastAPI  # noqa: E402
+from fastapi.responses import FileResponse  # noqa: E402
+from fastapi.staticfiles import StaticFiles  # noqa: E402
+
+from demo.transport import MAX_MESSAGE_BYTES, live_router  # noqa: E402
+from streamdiff_core import LiveEngine, Preset, StreamPipeline, get_preset  # noqa: E402
+from streamdiff_core.kv_policies import POLICIES  # noqa: E402
+from streamdiff_core.schedules import SCHEDULES  # noqa: E402
+from streamdiff_core.video_io import sample_clip_path  # noqa: E402
+
+PORTS = range(7860, 7880)
+"""Tried in turn when no port is asked for."""
+
+
+def create_app(
+    pipe: StreamPipeline | Callable[[], StreamPipeline] | None = None,
+    *,
+    preset: str = "tiny",
+    device: str = "auto",
+    dtype: str = "auto",
+    weights: str | None = None,
+    max_streams: int = 4,
+    idle_s: float | None = 60.0,
+    lifetime_s: float | None = None,
+) -> FastAPI:
+    """The app; its engine is ``app.state.engine``.
+
+    Args:
+        pipe: a pipeline, or a function that makes one, in place of the preset's.
+        max_streams: viewers at a time; one more is told that the server is full.
+        idle_s: see ``LiveEngine``, as ``lifetime_s``.
+
+    Raises:
+        ValueError: unknown preset.
+    """
+    get_preset(preset)
+
+    def load() -> StreamPipeline:
+        return StreamPipeline.from_preset(preset, device=device, dtype=dtype, weights=weights)
+
+    engine = LiveEngine(pipe or load, max_streams=max_streams, idle_s=idle_s, lifetime_s=lifetime_s)
+    pool = ThreadPoolExecutor(2, thread_name_prefix="streamdiff-jpeg")
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        engine.shutdown()
+        pool.shutdown(wait=False)
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.engine = engine
+    app.include_router(live_router(engine, pool))
+    app.mount("/static", StaticFiles(directory=FOLDER / "static"))
+
+    @app.get("/sample.mp4")
+    def sample() -> FileResponse:
+        return FileResponse(sample_clip_path(), media_type="video/mp4")
+
+    blocks, settings = build_page(get_preset(preset))
+    return gr.mount_gradio_app(app, blocks, path="/", ssr_mode=False, **settings)
+
+
+def build_page(preset: Preset) -> tuple[gr.Blocks, dict[str, Any]]:
+    """The page for a preset, and what else ``mount_gradio_app`` should know (theme, head, …)."""
+    try:
+        from demo.ui import Choices, build_ui, page_settings
+    except ModuleNotFoundError as error:
+        if error.name != "demo.ui":
+            raise
+        with gr.Blocks(title="streamdiff") as blocks:
+            gr.Markdown("# streamdiff\nThe server runs; its page is not there yet.")
+        return blocks, {}
+    choices = Choices(
+        noise_scale=preset.noise_scale,
+        steps=preset.schedule.default_steps,
+        max_steps=len(preset.schedule.timesteps) or 4,
+        sink_frames=preset.cache.sink_frames,
+        window_frames=preset.cache.window_frames,
+        schedules=tuple(sorted(SCHEDULES, key=lambda name: name != preset.schedule.kind)),
+        policies=tuple(POLICIES),
+    )
+    return build_ui(choices), page_settings()
+
+
+def serve(
+    *, host: str | None = None, port: int | None = None, open_browser: bool = True, **app_options: Any
+) -> None:
+    """Run the app until Ctrl-C.
+
+    Args:
+        host: address to listen on; default this computer only, on a Space all.
+        port: default the first free one from 7860 on.
+        app_options: as for ``create_app``.
+
+    Raises:
+        OSError: the port is taken, or the address is not one of this computer.
+    """
+    on_space = "SPACE_ID" in os.environ
+    if on_space:
+        app_options.setdefault("lifetime_s", 600.0)
+    listener = listen(host or ("0.0.0.0" if on_space else "127.0.0.1"), port or (7860 if on_space else None))
+    app = create_app(**app_options)
+    address, chosen = listener.getsockname()[:2]
+    url = f"http://{'localhost' if address in ('127.0.0.1', '0.0.0.0', '::1', '::') else address}:{chosen}"
+    print(f"streamdiff demo: {url}  (Ctrl-C ends it)", flush=True)
+    if open_browser and not on_space and has_display():
+        threading.Timer(1.0, webbrowser.open, [url]).start()
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        ws_max_size=MAX_MESSAGE_BYTES,
+        ws_per_message_deflate=False,  # JPEG does not shrink
+        timeout_graceful_shutdown=2,
+        proxy_headers=True,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """A listening socket on the port, or on the first free one of ``PORTS``.
+
+    Raises:
+        OSError: none is free.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for candidate in (port,) if port else PORTS:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, candidate))
+            listener.listen()
+            return listener
+        except OSError as error:
+            listener.close()
+            last = error
+    if isinstance(last, socket.gaierror) or last.errno == 99:
+        raise OSError(f"{host} is no address of this computer; use --host 127.0.0.1 or 0.0.0.0") from last
+    taken = f"port {port} is" if port else f"ports {PORTS[0]} to {PORTS[-1]} are"
+    raise OSError(f"{taken} in use or not allowed ({last.strerror}); choose another with --port") from last
+
+
+def has_display() -> bool:
+    """Whether a browser could show itself here."""
+    return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
+if __name__ == "__main__":
+    from streamdiff_core.cli import main
+
+    sys.exit(main(["demo", *sys.argv[1:]]))

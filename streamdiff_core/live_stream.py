@@ -1,0 +1,371 @@
+"""One viewer of the live app: frames and wishes come in from its connection, chunks and news go out to it.
+
+Two threads meet here. The connection's calls (``admit``, ``put``, the wishes, ``next_event``) only touch queues and
+return at once; the model's thread calls ``advance``, which grants wishes between two chunks and runs one chunk. All
+state of the stream is in its ``StreamSession``: closing it frees everything, a new one starts clean. Nothing here
+knows about sockets.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamdiff_core.config import CacheConfig
+from streamdiff_core.frames import resize_and_crop
+from streamdiff_core.live_inbox import Inbox, LiveFrame
+from streamdiff_core.live_meter import LiveMeter
+from streamdiff_core.stream_options import Prompt, StreamOptions
+
+if TYPE_CHECKING:
+    from streamdiff_core.pipeline import StreamPipeline
+    from streamdiff_core.session import StreamSession
+
+MAX_REPLIES = 2
+"""Chunks that may wait for the connection; with more the model waits and the inbox thins out."""
+MAX_WISHES = 64
+"""Changes that may wait for the next chunk."""
+MAX_SIDE_PX = 1024
+"""Longest side that a viewer may ask for."""
+STATS_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class LiveReply:
+    """One chunk of output."""
+
+    chunk: int
+    """Number of the chunk in the stream."""
+    frames: list[tuple[int, np.ndarray]]
+    """(sequence number of the input frame, uint8 [height, width, 3])."""
+    ack: int
+    """Newest sequence number consumed or dropped."""
+    model_ms: float
+    """Time of the model call that finished it."""
+    noise_scale: float
+    """Noise scale of the newest chunk in the model."""
+    motion: float
+    """Motion of the newest chunk in the model."""
+    prompt_id: int
+    """Prompt that the chunk was made with: 0 the first, then one more with each change."""
+
+
+Event = LiveReply | dict[str, Any]
+"""What a connection gets: a chunk, or a message with a ``type``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    seq: int
+    chunk: int
+    prompt_id: int
+    arrived_s: float
+
+
+def error_event(code: str, sentence: str, action: str, *, fatal: bool = False) -> dict[str, Any]:
+    """A failure as one sentence and one thing to do."""
+    return {"type": "error", "code": code, "sentence": sentence, "action": action, "fatal": fatal}
+
+
+class LiveStream:
+    """Made by ``LiveEngine.open``."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        options: Mapping[str, Any],
+        *,
+        notify: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.prompt, self.is_closed, self.num_chunks = prompt, False, 0
+        self.session: StreamSession | None = None
+        self.options: StreamOptions | None = None
+        self.chunk_ms = 0.0
+        self.num_failures = 0
+        self.last_turn_s = 0.0
+        self.inbox: Inbox | None = None
+        self.opened_s = clock()
+        self._asked, self._notify, self._clock = dict(options), notify, clock
+        self._meter = LiveMeter(clock=clock)
+        self._lock = threading.Lock()
+        self._wishes: deque[tuple[Callable[..., None], tuple[Any, ...], float]] = deque()
+        self._events: deque[Event] = deque()
+        self._num_replies = 0
+        self._in_flight: deque[_InFlight] = deque()
+        self._news_at: dict[int, list[tuple[dict[str, Any], float]]] = {}
+        self._prompt_id = 0
+        self._is_fresh, self._is_finishing = True, False
+        self._filled_s: float | None = None
+        self._done_s = self._stats_s = 0.0
+
+    # --- the connection's side: returns at once ------------------------------------------------------------------
+
+    def admit(self, seq: int) -> bool:
+        """Whether to decode and ``put`` the frame that just came."""
+        return self.inbox is not None and not self.is_closed and self.inbox.admit(seq)
+
+    def put(self, seq: int, pixels: np.ndarray, jpeg: bytes = b"") -> bool:
+        """An admitted frame, uint8 [H, W, 3]; False when an older one had to go for it."""
+        o = self.options
+        small = resize_and_crop(pixels[None], o.width, o.height)[0]
+        kept_all = self.inbox.put(LiveFrame(seq, small, jpeg, self._clock()))
+        if self._filled_s is None and len(self.inbox) >= self.frames_wanted:
+            self._filled_s = self._clock()
+        return kept_all
+
+    def set_options(self, changes: Mapping[str, Any]) -> None:
+        """Options to change before the next chunk, as in ``StreamSession.set_options``."""
+        self._wish(self._change_options, dict(changes))
+
+    def set_prompt(self, prompt: Prompt, on_switch: str = "keep") -> None:
+        """Prompt to change before the next chunk, as in ``StreamSession.set_prompt``."""
+        self._wish(self._change_prompt, prompt, on_switch)
+
+    def finish(self) -> None:
+        """The input is over: put out what is in flight; a frame that comes later begins a new stream."""
+        self._wish(self._finish)
+
+    def anchor(self) -> None:
+        """Forget the past before the next chunk and measure drift from there on."""
+        self._wish(self._anchor)
+
+    def next_event(self) -> Event | None:
+        """The oldest thing to send, None if there is none."""
+        with self._lock:
+            event = self._events.popleft() if self._events else None
+            self._num_replies -= isinstance(event, LiveReply)
+            return event
+
+    @property
+    def ack(self) -> int:
+        """Newest sequence number consumed or dropped."""
+        return self.inbox.newest_gone
+
+    @property
+    def frames_wanted(self) -> int:
+        """Pixel frames of the next chunk: 1 + 4n for the first of a stream, 4n later."""
+        return self.inbox.chunk_frames + (1 if self._is_fresh else 0)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the connection keeps up with what it is sent."""
+        return self._num_replies < MAX_REPLIES
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the model's thread has something to do here."""
+        if self.is_closed:
+            return False
+        if self.session is None or self._wishes:
+            return True
+        return self.has_room and (self._is_finishing or len(self.inbox) >= self.frames_wanted)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: stream state and waiting frames."""
+        session, inbox = self.session, self.inbox
+        return (session.nbytes if session else 0) + (inbox.nbytes if inbox else 0)
+
+    # --- the model's side ----------------------------------------------------------------------------------------
+
+    def advance(self, pipe: StreamPipeline) -> None:
+        """Begin, or grant the wishes and run one chunk if there are frames for it."""
+        if self.session is None:
+            self._begin(pipe)
+            return
+        while self._wishes and not self.is_closed:
+            grant, args, asked_s = self._wishes.popleft()
+            try:
+                grant(*args, asked_s)
+            except ValueError as error:
+                self.emit(error_event("bad_setting", f"{_sentence(error)}.", "The stream goes on as it was."))
+        if self.is_closed or not self.has_room:
+            return
+        if len(self.inbox) >= self.frames_wanted:
+            self._run_chunk()
+        elif self._is_finishing:
+            self._run_last_chunk()
+
+    def restart(self, pipe: StreamPipeline, **changes: Any) -> None:
+        """A clean session with the settings of the old one; what was in flight is lost and acknowledged."""
+        options = {f.name: getattr(self.options, f.name) for f in fields(self.options)} | changes
+        self.free()
+        self.session = pipe.start(self.prompt, **options)
+        self.options = self.session.options
+        self._in_flight.clear()
+        self._is_fresh = True
+        self.emit({"type": "ack", "seq": self.ack})
+
+    def free(self) -> None:
+        """Let go of the session and of its memory."""
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+
+    def emit(self, event: Event) -> None:
+        """Queue something for the connection and wake it."""
+        with self._lock:
+            self._events.append(event)
+            self._num_replies += isinstance(event, LiveReply)
+        self._notify()
+
+    def stats(self) -> dict[str, Any]:
+        """Figures for the page, without those that the engine adds."""
+        s = self.session.stats
+        cache = self.options.cache
+        return {
+            "type": "stats",
+            **self._meter.summary(self.lag_budget_ms),
+            "lag_budget_ms": self.lag_budget_ms,
+            "dropped": self.inbox.num_dropped,
+            "queue_frames": len(self.inbox),
+            "stage_ms": s.stage_ms,
+            "cache": {
+                "slots": s.cache_slots, "evicted": getattr(s, "cache_evicted", []), "sink_frames": cache.sink_frames,
+                "window_frames": cache.window_frames, "noise_scale": s.noise_scale,
+            },
+            "history": self._meter.take_history(),
+            "drift": None,
+            "nbytes": self.nbytes,
+            "frames_in": self.inbox.num_received,
+            "frames_out": self._meter.num_out,
+            "recording": None,
+            "waiting": None,
+        }  # fmt: skip
+
+    @property
+    def lag_budget_ms(self) -> float:
+        """Two chunks, or as many as the stream batch holds, and the time of the model."""
+        chunk_ms = max(self.chunk_ms, 1e3 * self.inbox.chunk_frames / self._fps)
+        depth = self.options.steps if self.options.schedule == "stream_batch" else 1
+        return max(2, depth) * chunk_ms + self.chunk_ms
+
+    def _begin(self, pipe: StreamPipeline) -> None:
+        session = pipe.start(self.prompt, **start_options(pipe, self._asked))
+        preset = pipe.preset
+        self._fps = preset.fps
+        chunk_frames = preset.vae.temporal_stride * session.options.latent_frames_per_chunk
+        self.inbox = Inbox(chunk_frames, clock=self._clock)
+        self.options, self.session = session.options, session
+        self.emit(
+            {
+                "type": "ready", "size": [self.options.width, self.options.height], "fps": preset.fps,
+                "max_unacked": 3 * chunk_frames, "chunk_frames": chunk_frames, "lag_budget_ms": self.lag_budget_ms,
+                "options": asdict(self.options), "prompt": self.prompt, "preset": preset.name,
+                "device": str(pipe.device),
+            }  # fmt: skip
+        )
+
+    def _run_chunk(self) -> None:
+        filled_s = self._clock() if self._filled_s is None else self._filled_s
+        frames = self._take(self.frames_wanted)
+        self._filled_s = self._clock() if len(self.inbox) >= self.frames_wanted else None
+        start_s = self._clock()
+        out = self.session.push(np.stack([f.pixels for f in frames]))
+        now = self._clock()
+        self.chunk_ms = 1e3 * (now - start_s)
+        self.inbox.served((now - max(self._done_s, filled_s)) / len(frames))
+        self._done_s = now
+        self._meter.point(self.num_chunks - 1, self.session.motion, self.session.noise_scale)
+        self._deliver(out)
+        self.num_failures = 0
+        if now - self._stats_s >= STATS_EVERY_S:
+            self._stats_s = now
+            self.emit(self.stats())
+
+    def _run_last_chunk(self) -> None:
+        """A shorter chunk of what is left, and everything in flight."""
+        self._is_finishing = False
+        out = []
+        if frames := self._take(len(self.inbox)):
+            out.append(self.session.push(np.stack([f.pixels for f in frames])))
+            self.inbox.served(self.inbox.service_interval_s)
+        out.append(self.session.flush())
+        self._deliver(np.concatenate(out))
+        self.restart(self.session.pipe)
+        self.emit({"type": "finished"})
+
+    def _take(self, num_frames: int) -> list[LiveFrame]:
+        frames = self.inbox.take(num_frames)
+        self._in_flight += [_InFlight(f.seq, self.num_chunks, self._prompt_id, f.arrived_s) for f in frames]
+        self.num_chunks += bool(frames)
+        self._is_fresh &= not frames
+        self.emit({"type": "ack", "seq": self.ack})
+        return frames
+
+    def _deliver(self, out: np.ndarray) -> None:
+        """Give each output frame the number of its input and send it, chunk by chunk."""
+        noise_scale, motion = self.session.noise_scale, self.session.motion
+        made = [(self._in_flight.popleft(), pixels) for pixels in out]
+        for chunk, group in groupby(made, key=lambda pair: pair[0].chunk):
+            pairs = list(group)
+            self._meter.output([f.arrived_s for f, _ in pairs])
+            frames = [(f.seq, pixels) for f, pixels in pairs]
+            prompt_id = pairs[0][0].prompt_id
+            self.emit(LiveReply(chunk, frames, self.ack, self.chunk_ms, noise_scale, motion, prompt_id))
+            for news, asked_s in self._news_at.pop(chunk, []):
+                self.emit({**news, "chunk": chunk, "after_ms": 1e3 * (self._clock() - asked_s)})
+
+    # --- wishes --------------------------------------------------------------------------------------------------
+
+    def _wish(self, grant: Callable[..., None], *args: Any) -> None:
+        if len(self._wishes) < MAX_WISHES:
+            self._wishes.append((grant, args, self._clock()))
+        else:
+            self.emit(error_event("bad_setting", "Too many changes wait already.", "Change one thing at a time."))
+
+    def _change_options(self, changes: dict[str, Any], asked_s: float) -> None:
+        self.session.set_options(**changes)
+        self.options = self.session.options
+        note = ", ".join(f"{name} {value}" for name, value in changes.items())
+        self._announce({"type": "applied", "what": "options", "prompt_id": self._prompt_id, "note": note}, asked_s)
+
+    def _change_prompt(self, prompt: Prompt, on_switch: str, asked_s: float) -> None:
+        self.session.set_prompt(prompt, on_switch)
+        self.prompt = prompt
+        self._prompt_id += 1
+        self._announce({"type": "applied", "what": "prompt", "prompt_id": self._prompt_id, "note": on_switch}, asked_s)
+
+    def _anchor(self, asked_s: float) -> None:
+        self.session.set_prompt(self.prompt, "reset")
+        self._announce({"type": "applied", "what": "prompt", "prompt_id": self._prompt_id, "note": "anchor"}, asked_s)
+
+    def _finish(self, asked_s: float) -> None:
+        self._is_finishing = True
+
+    def _announce(self, news: dict[str, Any], asked_s: float) -> None:
+        """Say so when the first chunk with the change comes out."""
+        self._news_at.setdefault(self.num_chunks, []).append((news, asked_s))
+
+
+def start_options(pipe: StreamPipeline, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A viewer's options as arguments of ``pipe.start``.
+
+    Raises:
+        ValueError: unknown option, one that a live stream cannot have, or a size that is too large.
+    """
+    own, of_cache = ({f.name for f in fields(kind)} for kind in (StreamOptions, CacheConfig))
+    known = (own | of_cache) - {"mode", "cache", "deadline_ms"}
+    for name, value in asked.items():
+        if name not in known:
+            raise ValueError(f"unknown option {str(name)[:40]!r}; known: {', '.join(sorted(known))}")
+        if name in ("width", "height") and not (isinstance(value, int) and 64 <= value <= MAX_SIDE_PX):
+            raise ValueError(f"{name} must be a whole number from 64 to {MAX_SIDE_PX}")
+    options = {name: value for name, value in asked.items() if name in own}
+    if cache := {name: value for name, value in asked.items() if name in of_cache}:
+        options["cache"] = pipe.with_cache(**cache)
+    return options
+
+
+def _sentence(error: BaseException) -> str:
+    """An error's text as a sentence without its full stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text[0].upper() + text[1:]).rstrip(".")

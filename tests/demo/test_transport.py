@@ -1,0 +1,256 @@
+"""The socket as a page uses it: start, frames, changes, and one sentence for everything that is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import struct
+import time
+
+import cv2
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from identity_pipeline import IdentityPipeline, prompt_level
+from random_pipeline import SIDE, moving_frames
+from starlette.websockets import WebSocketDisconnect
+
+pytest.importorskip("gradio")
+from demo.app import create_app  # noqa: E402
+
+
+def jpeg(pixels):
+    return cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+
+
+FRAMES = moving_frames(40)
+JPEGS = [jpeg(frame) for frame in FRAMES]
+
+
+class Page:
+    """A page's side of the protocol."""
+
+    def __init__(self, socket):
+        self.socket = socket
+        self.seq = -1
+        self.messages, self.pictures, self.headers = [], {}, []
+
+    def say(self, type_, **fields):
+        self.socket.send_text(json.dumps({"type": type_, **fields}))
+
+    def show(self, count):
+        for _ in range(count):
+            self.seq += 1
+            self.socket.send_bytes(struct.pack("<I", self.seq) + JPEGS[self.seq % len(JPEGS)])
+
+    def read(self):
+        message = self.socket.receive()
+        if message["type"] == "websocket.close":
+            raise WebSocketDisconnect(message["code"])
+        if message.get("bytes") is None:
+            self.messages.append(json.loads(message["text"]))
+            return self.messages[-1]
+        data = message["bytes"]
+        (size,) = struct.unpack_from("<I", data)
+        header, at = json.loads(data[4 : 4 + size]), 4 + size
+        for seq, num_bytes in header["frames"]:
+            picture = cv2.imdecode(np.frombuffer(data[at : at + num_bytes], np.uint8), 1)
+            self.pictures[seq], at = picture[..., ::-1], at + num_bytes
+        assert at == len(data)
+        self.headers.append(header)
+        return header
+
+    def wait_for(self, type_):
+        while True:
+            message = self.read()
+            if message.get("type") == type_:
+                return message
+
+    def wait_for_frames(self, count):
+        while len(self.pictures) < count:
+            self.read()
+
+
+@contextlib.contextmanager
+def serving(pipe=None, **options):
+    with TestClient(create_app(pipe or IdentityPipeline(), **options)) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def opened(client, prompt="ink", **options):
+    with client.websocket_connect("/stream") as socket:
+        page = Page(socket)
+        page.say("start", prompt=prompt, options=options)
+        page.ready = page.wait_for("ready")
+        yield page
+
+
+@pytest.fixture(scope="module")
+def client():
+    with serving(IdentityPipeline()) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def patience():
+    """A message that never comes fails the test and does not hang it."""
+
+    def give_up(*_):
+        raise TimeoutError("waited 20 s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def until(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_frames_come_back_in_order_with_their_numbers(client):
+    with opened(client, steps=2) as page:
+        assert page.ready["size"] == [SIDE, SIDE] and page.ready["options"]["steps"] == 2
+        assert page.ready["max_unacked"] == 12 and page.ready["lag_budget_ms"] >= 500
+        for count in (5, 4, 4):  # in the pace that the page's window allows
+            page.show(count)
+            page.wait_for("ack")
+        page.wait_for_frames(9)  # 13 came, the last chunk of 4 is held by the stream batch
+        assert list(page.pictures) == list(range(9))
+        assert [h["chunk"] for h in page.headers] == [0, 1] and page.headers[-1]["ack"] == 12
+        for seq, picture in page.pictures.items():
+            error = np.abs(picture[8:].astype(int) - FRAMES[seq][8:].astype(int))
+            assert error.mean() < 3, "the frame that went in, but for JPEG"
+
+
+def test_finish_brings_the_rest(client):
+    with opened(client, steps=3) as page:
+        page.show(7)
+        page.say("finish")
+        page.wait_for("finished")
+        assert list(page.pictures) == list(range(7))
+
+
+def test_a_prompt_is_seen_in_its_first_chunk(client):
+    with opened(client, prompt="a", steps=1) as page:
+        page.show(5)
+        page.wait_for_frames(5)
+        page.say("prompt", prompt="zz", on_switch="recache")
+        page.show(4)
+        news = page.wait_for("applied")
+        assert (news["what"], news["prompt_id"], news["chunk"], news["note"]) == ("prompt", 1, 1, "recache")
+        assert [h["prompt_id"] for h in page.headers] == [0, 1] and 0 <= news["after_ms"] < 5000
+        levels = [int(page.pictures[seq][2:6, 2:6].mean().round()) for seq in (4, 5)]
+        assert np.abs(np.subtract(levels, [prompt_level("a"), prompt_level("zz")])).max() <= 2
+
+
+def test_a_sample_clip_and_the_page_come_from_here(client):
+    assert client.get("/sample.mp4").headers["content-type"] == "video/mp4"
+    page = client.get("/").text
+    assert "streamdiff" in page
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "words"),
+    [
+        ("not json", "bad_setting", "not JSON"),
+        ("[" * 5000, "bad_setting", "not JSON"),
+        ("[1]", "bad_setting", "no type"),
+        ('{"type": "set", "options": []}', "bad_setting", "named no option"),
+        ('{"type": "set", "options": {"steps": 9}}', "bad_setting", "Steps must be between 1 and 4"),
+        ('{"type": "prompt", "prompt": ""}', "bad_setting", "empty or too long"),
+        ('{"type": "prompt", "prompt": "x", "on_switch": "jump"}', "bad_setting", "Unknown on_switch"),
+        ('{"type": "prompt", "prompt": {"x": NaN}}', "bad_setting", "not a number"),
+        ('{"type": "dance"}', "bad_setting", "does not know 'dance'"),
+        ("x" * 20_001, "too_large", "longer than"),
+        (b"", "bad_frame", "without a picture"),
+        (b"\0\0\0\0garbage", "bad_frame", "not a readable JPEG"),
+        (b"\0\0\0\0" + JPEGS[0][:300], "bad_frame", "damaged"),
+        (b"\0\0\0\0" + jpeg(np.zeros((32, 32, 3), np.uint8)), "bad_frame", "32×32"),
+        (b"\0\0\0\0" + jpeg(np.zeros((64, 4100, 3), np.uint8)), "too_large", "4100×64"),
+        (b"\0" * 2_000_001, "too_large", "larger than 2 MB"),
+    ],
+)
+def test_nonsense_is_answered_in_one_sentence_and_the_stream_goes_on(client, message, code, words):
+    with opened(client, steps=1) as page:
+        (page.socket.send_text if isinstance(message, str) else page.socket.send_bytes)(message)
+        error = page.wait_for("error")
+        assert (error["code"], error["fatal"]) == (code, False) and words in error["sentence"]
+        assert error["action"] and "Traceback" not in json.dumps(error)
+        page.show(5)
+        page.wait_for_frames(5)
+
+
+def test_what_comes_before_start_is_refused(client):
+    with client.websocket_connect("/stream") as socket:
+        page = Page(socket)
+        for send in (lambda: page.show(1), lambda: page.say("set", options={"steps": 1})):
+            send()
+            assert page.wait_for("error")["code"] == "not_started"
+
+
+@pytest.mark.parametrize("options", [{"steps": 7}, {"colour": "red"}, {"width": 100_000}, {"mode": "t2v"}])
+def test_a_start_that_cannot_work_ends_there_and_another_may_follow(client, options):
+    with client.websocket_connect("/stream") as socket:
+        page = Page(socket)
+        page.say("start", prompt="ink", options=options)
+        error = page.wait_for("error")
+        assert (error["code"], error["fatal"]) == ("bad_setting", True)
+        page.say("start", prompt="ink")
+        page.wait_for("ready")
+
+
+def test_another_site_cannot_connect(client):
+    with pytest.raises(WebSocketDisconnect) as refused:
+        with client.websocket_connect("/stream", headers={"origin": "https://evil.example"}):
+            pass
+    assert refused.value.code == 1008
+    with client.websocket_connect("/stream", headers={"origin": "http://testserver"}) as socket:
+        Page(socket).say("start", prompt="ink")
+
+
+def test_leaving_frees_the_stream_at_once():
+    pipe = IdentityPipeline()
+    with serving(pipe) as client:
+        engine = client.app.state.engine
+        with opened(client) as first, opened(client) as second:
+            first.show(5)
+            second.show(9)
+            second.wait_for_frames(5)
+            assert engine.num_streams == pipe.num_open == 2 and engine.nbytes > 0
+        until(lambda: engine.num_streams == pipe.num_open == engine.nbytes == 0)
+
+
+def test_a_full_server_says_so():
+    with serving(max_streams=1) as client, opened(client), client.websocket_connect("/stream") as socket:
+        page = Page(socket)
+        page.say("start", prompt="ink")
+        error = page.wait_for("error")
+        assert (error["code"], error["fatal"]) == ("server_full", True) and "all 1 places" in error["sentence"]
+
+
+def test_a_missing_model_is_said_on_a_page_that_works_and_tried_again():
+    attempts = []
+
+    def load():
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise FileNotFoundError("no such file: transformer.safetensors")
+        return IdentityPipeline()
+
+    with serving(load) as client:
+        assert client.get("/").status_code == 200
+        with client.websocket_connect("/stream") as socket:
+            page = Page(socket)
+            page.say("start", prompt="ink")
+            error = page.wait_for("error")
+            assert (error["code"], error["fatal"]) == ("model_missing", True) and "doctor" in error["action"]
+            assert "transformer.safetensors" in error["sentence"]
+            page.say("start", prompt="ink")
+            page.wait_for("ready")
