@@ -3,9 +3,11 @@
 # PYTHON  the interpreter that makes .venv
 # TORCH   what pip installs first. The default may bring several GB of CUDA packages; name a CPU build or a wheel
 #         file to choose, e.g. make test TORCH=torch==2.13.0
+# DEMO_ARGS  for streamdiff demo, e.g. make demo DEMO_ARGS="--no-browser --port 8000"
 PYTHON ?= python3
 TORCH ?= torch
 OUTPUTS ?= outputs
+DEMO_ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -23,19 +25,8 @@ check: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-demo: .venv/.installed-base
-	@mkdir -p $(OUTPUTS)
-	@$(MAKE) --no-print-directory STYLE=comic PROMPT="comic book panel, flat colours and bold ink" .restyle
-	@$(MAKE) --no-print-directory STYLE=oil PROMPT="thick oil painting, cobalt and yellow brush dabs" .restyle
-	@$(MAKE) --no-print-directory STYLE=neon PROMPT="glowing neon outlines on black" .restyle
-	@echo "Videos (before | after) and before/after strips to open:"
-	@ls $(foreach style,comic oil neon,$(OUTPUTS)/$(style).mp4 $(OUTPUTS)/$(style).png)
-
-.PHONY: .restyle
-.restyle:
-	@echo "$(PROMPT)"
-	@$(BIN)/streamdiff run sample --prompt "$(PROMPT)" --side-by-side --overwrite \
-		-o $(OUTPUTS)/$(STYLE).mp4 --strip $(OUTPUTS)/$(STYLE).png
+demo: .venv/.installed-demo
+	$(BIN)/streamdiff demo $(DEMO_ARGS)
 
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 ifeq ($(NOTEBOOKS),)

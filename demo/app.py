@@ -109,9 +109,7 @@ def build_page(preset: Preset) -> tuple[gr.Blocks, dict[str, Any]]:
     return build_ui(choices), page_settings()
 
 
-def serve(
-    *, host: str | None = None, port: int | None = None, open_browser: bool = True, **app_options: Any
-) -> None:
+def serve(*, host: str | None = None, port: int | None = None, open_browser: bool = True, **app_options: Any) -> None:
     """Run the app until Ctrl-C.
 
     Args:
@@ -132,15 +130,20 @@ def serve(
     print(f"streamdiff demo: {url}  (Ctrl-C ends it)", flush=True)
     if open_browser and not on_space and has_display():
         threading.Timer(1.0, webbrowser.open, [url]).start()
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        ws_max_size=MAX_MESSAGE_BYTES,
-        ws_per_message_deflate=False,  # JPEG does not shrink
-        timeout_graceful_shutdown=2,
-        proxy_headers=True,
+    make_server(app).run(sockets=[listener])
+
+
+def make_server(app: FastAPI) -> uvicorn.Server:
+    """The web server that fits the app."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            ws_max_size=MAX_MESSAGE_BYTES,
+            ws_per_message_deflate=False,  # JPEG does not shrink
+            timeout_graceful_shutdown=2,
+        )
     )
-    uvicorn.Server(config).run(sockets=[listener])
 
 
 def listen(host: str, port: int | None) -> socket.socket:

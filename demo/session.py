@@ -1,8 +1,8 @@
 """One connection of the page: messages in, stream calls out, and back; neither Gradio nor a web framework here.
 
 The protocol is in ``docs/live_protocol.md``. Pictures are decoded and encoded in a small thread pool: never on the
-event loop, never in the model's thread. Frames are decoded by FFmpeg, as ``streamdiff run`` decodes the recorded copy of
-them, so that a recording can be made again bit for bit (another JPEG decoder differs by a level or two).
+event loop, never in the model's thread. Frames are decoded by FFmpeg, as ``streamdiff run`` decodes their recorded
+copy, so that a recording can be made again bit for bit (another JPEG decoder differs by a level or two).
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class Connection:
         send: sends one message, text as a dict or bytes; awaits until the network took it.
     """
 
-    def __init__(
-        self, engine: LiveEngine, pool: Executor, send: Callable[[Message | bytes], Awaitable[None]]
-    ) -> None:
+    def __init__(self, engine: LiveEngine, pool: Executor, send: Callable[[Message | bytes], Awaitable[None]]) -> None:
         self.stream: LiveStream | None = None
         self._engine, self._pool, self._send = engine, pool, send
         self._loop = asyncio.get_running_loop()
@@ -208,6 +206,8 @@ def accept_frame(stream: LiveStream, seq: int, jpeg: bytes) -> None:
         sentence = f"A frame of {width}×{height} pixels came; sides from {MIN_SIDE_PX} to {MAX_SIDE_PX} are accepted."
         raise BadMessageError("too_large" if max(width, height) > MAX_SIDE_PX else "bad_frame", sentence, action)
     try:
+        if not jpeg.endswith(b"\xff\xd9"):  # a decoder would fill what is missing with grey
+            raise VideoReadError("cut short")
         pixels = read_jpeg(jpeg)
     except VideoReadError as error:
         raise BadMessageError("bad_frame", "A frame is damaged.", action) from error

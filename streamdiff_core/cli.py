@@ -1,4 +1,4 @@
-"""The command ``streamdiff``: ``run`` a video, open the ``demo``, ``bench`` and ``doctor`` this machine, list ``presets``.
+"""The command ``streamdiff``: ``run`` a video, open the ``demo``, ``bench`` and ``doctor`` this machine.
 
 Only progress and printing are here (arguments: ``cli_args``); the work is in ``restyle``, ``bench`` and
 ``doctor``, imported when needed so that ``--help`` is instant. Results go to stdout (``--json``: one object

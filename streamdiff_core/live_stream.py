@@ -257,9 +257,15 @@ class LiveStream:
         self.options, self.session = session.options, session
         self.emit(
             {
-                "type": "ready", "size": [self.options.width, self.options.height], "fps": preset.fps,
-                "max_unacked": 3 * chunk_frames, "chunk_frames": chunk_frames, "lag_budget_ms": self.lag_budget_ms,
-                "options": asdict(self.options), "prompt": self.prompt, "preset": preset.name,
+                "type": "ready",
+                "size": [self.options.width, self.options.height],
+                "fps": preset.fps,
+                "max_unacked": 3 * chunk_frames,
+                "chunk_frames": chunk_frames,
+                "lag_budget_ms": self.lag_budget_ms,
+                "options": asdict(self.options),
+                "prompt": self.prompt,
+                "preset": preset.name,
                 "device": str(pipe.device),
             }  # fmt: skip
         )

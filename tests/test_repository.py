@@ -36,7 +36,7 @@ def test_dependencies_are_listed_once() -> None:
     entries = re.findall(r"^\s*- (.+)$", read("environment.yml").split("dependencies:")[1], flags=re.M)
     assert [re.split(r"[<>=]", entry)[0] for entry in entries[:2]] == ["python", "pip"]
     assert entries[2] == "pip:" and re.fullmatch(r"-e \.\[[a-z,]+\]", entries[3]) and len(entries) == 4
-    for second_list in ("requirements.txt", "setup.py", "setup.cfg", "Pipfile"):
+    for second_list in ("setup.py", "setup.cfg", "Pipfile"):
         assert not (REPOSITORY / second_list).exists(), f"{second_list} repeats pyproject.toml"
 
 
