@@ -74,13 +74,16 @@ export class Messages {
     this.#show({ code: "lost", sentence: `The connection was lost; trying again in ${seconds} s with the same settings.`, label: "Reconnect now", action: "reconnect" });
   }
 
+  /** In the queue; said again with each new place, but not after the viewer has closed it. */
   waiting({ position, estimate_s }) {
+    if (this.closed === "waiting") return;
     const time = estimate_s ? `, about ${Math.ceil(estimate_s)} s` : "";
     this.#show({ code: "waiting", sentence: `The server is busy: place ${position} in line${time}.`, label: "Keep waiting", action: "dismiss" });
   }
 
   /** Hide the banner if it shows one of these codes (all codes without arguments). */
   clear(...codes) {
+    if (codes.includes(this.closed)) this.closed = null;
     if (!codes.length || codes.includes(this.code)) {
       this.banner.hidden = true;
       this.code = null;
@@ -99,6 +102,7 @@ export class Messages {
 
   #act() {
     const action = this.actions[this.action];
+    this.closed = this.code;
     this.clear();
     action?.();
   }

@@ -3,7 +3,7 @@
 const STAGE_ORDER = ["border", "encode", "denoise", "decode"];
 const STAGE_NAMES = { border: "resize", encode: "encode", denoise: "denoise", decode: "decode" };
 const HISTORY = 120;
-const EVICTED_SHOWN = 4;
+const FORGOTTEN_SHOWN = 3;
 const MANY_CELLS = 8;
 
 export class Meters {
@@ -59,17 +59,19 @@ export class Meters {
     this.find("stack-legend").replaceChildren(...stages.map((s) => make("li", `stage-${s.name}`, label(s))));
   }
 
-  /** In the order of time: sinks, what was forgotten since, the window. */
-  #cache({ slots, evicted = [], noise_scale }) {
-    const byFrame = [...slots].sort((a, b) => a.frame - b.frame);
-    const sinks = byFrame.filter(({ role }) => role === "sink");
-    const window = byFrame.filter(({ role }) => role !== "sink");
-    const gone = evicted.slice(-EVICTED_SHOWN).map((frame) => ({ role: "evicted", frame }));
-    const signature = JSON.stringify([byFrame, gone, noise_scale]);
+  /** In the order of time. A frame before the newest that fills no slot was forgotten; the last few of them are shown. */
+  #cache({ slots, noise_scale }) {
+    const kept = new Set(slots.map(({ frame }) => frame));
+    const newest = slots.find(({ frame }) => frame === Math.max(...kept));
+    const gone = [];
+    for (let frame = newest?.frame ?? 0; frame >= 0 && gone.length < FORGOTTEN_SHOWN; frame -= 1) {
+      if (!kept.has(frame)) gone.unshift({ role: "evicted", frame });
+    }
+    const all = [...slots, ...gone].sort((a, b) => a.frame - b.frame);
+    const signature = JSON.stringify([all, noise_scale]);
     if (signature === this.cacheShown) return;
     this.cacheShown = signature;
-    const newest = window.at(-1);
-    const cells = [...sinks, ...gone, ...window].map((slot) => {
+    const cells = all.map((slot) => {
       const cell = make("div", slot.role);
       cell.append(make("b", "", slot.frame), make("small", "", slot.position == null ? "gone" : `at ${slot.position}`));
       cell.title = slot.position == null ? `Frame ${slot.frame} was forgotten` : `Frame ${slot.frame}, ${slot.role}, slot ${slot.slot}, position ${slot.position}`;
@@ -78,8 +80,9 @@ export class Meters {
     });
     this.find("cache").replaceChildren(...cells);
     this.find("cache").classList.toggle("many", cells.length > MANY_CELLS);
-    const list = (some) => some.map(({ frame }) => frame).join(", ") || "none";
-    this.find("cache").ariaLabel = `KV cache: sinks ${list(sinks)}; forgotten ${list(gone)}; window ${list(window)}`;
+    const list = (role) => all.filter((slot) => slot.role === role).map(({ frame }) => frame).join(", ") || "none";
+    const roles = [...new Set(all.map(({ role }) => role))];
+    this.find("cache").ariaLabel = `KV cache: ${roles.map((role) => `${role} ${list(role)}`).join("; ")}`;
     this.find("cache").style.setProperty("--noise", noise_scale ?? 0);
     this.#put("cache-note", noise_scale == null ? "" : `noise ${noise_scale.toFixed(2)}`);
   }

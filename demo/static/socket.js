@@ -7,7 +7,7 @@ const SILENCE_MS = 15000; // a server that says nothing for this long, stats inc
 export class Socket {
   /** @param on  {opened, ready, chunk, message, lost}: what to call; `opened` returns the start message. */
   constructor(url, on) {
-    Object.assign(this, { url, on, ready: null, lastSent: -1, acked: -1, attempts: 0, reconnects: -1, closed: false });
+    Object.assign(this, { url, on, ready: null, inFlight: [], attempts: 0, reconnects: -1, closed: false });
     setInterval(() => this.#watch(), 2000);
   }
 
@@ -35,15 +35,15 @@ export class Socket {
   }
 
   get unacked() {
-    return this.inFlight?.length ?? 0;
+    return this.inFlight.length;
   }
 
   get canSend() {
     return Boolean(this.ready) && this.unacked < this.ready.max_unacked;
   }
 
-  /** Reserve a place for a frame before it is encoded, so that slow encoding cannot overrun the limit. */
-  reserve(seq) {
+  /** Count a frame as on its way from its capture on, so that slow encoding cannot overrun the limit. */
+  sent(seq) {
     this.inFlight.push(seq);
   }
 
@@ -81,7 +81,7 @@ export class Socket {
   }
 
   #ack(seq) {
-    this.inFlight = (this.inFlight ?? []).filter((sent) => sent > seq);
+    this.inFlight = this.inFlight.filter((sent) => sent > seq);
   }
 
   #lost() {

@@ -49,7 +49,7 @@ export class Stage {
 
   waitFor(text) {
     this.wait.textContent = text;
-    this.wait.hidden = false;
+    this.wait.hidden = !text;
   }
 
   setView(view) {

@@ -14,6 +14,12 @@ import { Stage } from "./stage.js";
 const ROOT = new URL("..", import.meta.url);
 const REFRESH_MS = 500;
 const RECIPE_TIMEOUT_MS = 3000;
+const PLAYING = {
+  sample: "Playing the sample clip.",
+  camera: "Camera on. Frames are processed in memory and not kept.",
+  file: "Playing your file from this computer, over and over.",
+  screen: "Showing your screen. Frames are processed in memory and not kept.",
+};
 const LIGHTER = { steps: 1, window_frames: 2 };
 
 class StreamDiff {
@@ -78,6 +84,7 @@ class StreamDiff {
       await this.source[kind](argument);
       this.#shown();
       if (kind === "camera") await this.#listCameras();
+      if (this.socket.ready) this.messages.say(PLAYING[kind]);
     } catch (error) {
       if (!(error instanceof SourceError)) throw error;
       await this.#fallBack(error.code);
@@ -136,17 +143,17 @@ class StreamDiff {
   async #capture(video, now) {
     this.captured += 1;
     this.stage.drawLive(video, this.source.mirror, this.player.drawn > 0);
-    if (!this.socket.canSend) {
-      if (this.socket.ready) this.skipped += 1;
-      return;
-    }
+    if (!this.socket.ready) return;
+    if (this.grabbing || !this.socket.canSend) return void (this.skipped += 1);
+    this.grabbing = true; // one at a time: frames keep their order
+    const bitmap = await createImageBitmap(video).catch(() => null);
+    this.grabbing = false;
+    if (!bitmap || !this.socket.ready) return;
     const seq = this.seq++;
-    const { mirror } = this.source;
     const [width, height] = this.socket.ready.size;
-    this.socket.reserve(seq);
+    this.socket.sent(seq);
     this.player.captured(seq, now);
-    const bitmap = await createImageBitmap(video);
-    this.worker.postMessage({ type: "encode", seq, bitmap, width, height, mirror }, [bitmap]);
+    this.worker.postMessage({ type: "encode", seq, bitmap, width, height, mirror: this.source.mirror }, [bitmap]);
   }
 
   #fromWorker(data) {
@@ -172,7 +179,7 @@ class StreamDiff {
     this.#chip("model", `${ready.preset} on ${ready.device}`);
     this.settings.accepted(ready.options);
     this.stage.tag.textContent = this.settings.promptName;
-    this.messages.say(this.socket.reconnects ? "Connected again, with the same settings." : "Playing the sample clip.");
+    this.messages.say(this.socket.reconnects ? "Connected again, with the same settings." : PLAYING[this.source.kind]);
   }
 
   #message(message) {
@@ -207,7 +214,10 @@ class StreamDiff {
 
   #error(error) {
     this.messages.failServer(error);
-    if (error.fatal) this.#chip("link", "stopped", "lost");
+    if (error.fatal) {
+      this.#chip("link", "stopped", "lost");
+      this.stage.waitFor("");
+    }
     if (error.code === "bad_setting") this.settings.refused();
   }
 
