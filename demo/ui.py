@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import html
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class Choices:
     """Names of KV policies."""
     positions: tuple[str, ...] = ("packed", "absolute", "slots", "ahead", "wrap")
     """Names of position maps."""
+    titles: Mapping[str, str] = field(default_factory=dict)
+    """What a policy or schedule does, by name."""
 
 
 def page_settings() -> dict[str, Any]:
@@ -145,11 +148,10 @@ def _more_controls(choices: Choices) -> dict[str, gr.components.Component]:
     controls["window_frames"] = gr.Slider(
         1, most, choices.window_frames, step=1, label="Window: last frames kept", elem_id="sd-window"
     )
+    controls["policy"] = _dropdown("KV policy", choices.policies, "sd-policy", choices.titles)
+    controls["schedule"] = _dropdown("Schedule", choices.schedules, "sd-schedule", choices.titles)
     with gr.Row():
-        controls["policy"] = _dropdown("KV policy", choices.policies, "sd-policy")
-        controls["positions"] = _dropdown("Positions in time", choices.positions, "sd-positions")
-    with gr.Row():
-        controls["schedule"] = _dropdown("Schedule", choices.schedules, "sd-schedule")
+        controls["positions"] = _dropdown("Positions in time", choices.positions, "sd-positions", {})
         controls["seed"] = gr.Number(0, precision=0, minimum=0, label="Seed", min_width=120, elem_id="sd-seed")
     controls["max_fps"] = gr.Radio(
         [("16 a second, as the model was trained", 16), ("30 a second", 30)],
@@ -160,8 +162,9 @@ def _more_controls(choices: Choices) -> dict[str, gr.components.Component]:
     return controls
 
 
-def _dropdown(label: str, names: tuple[str, ...], elem_id: str) -> gr.Dropdown:
-    return gr.Dropdown(list(names), value=names[0], label=label, min_width=120, elem_id=elem_id)
+def _dropdown(label: str, names: tuple[str, ...], elem_id: str, titles: Mapping[str, str]) -> gr.Dropdown:
+    labelled = [(f"{name}: {titles[name]}" if name in titles else name, name) for name in names]
+    return gr.Dropdown(labelled, value=names[0], label=label, min_width=120, elem_id=elem_id)
 
 
 def gallery_html(styles: list[dict[str, str]]) -> str:

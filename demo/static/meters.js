@@ -5,6 +5,8 @@ const STAGE_NAMES = { border: "resize", encode: "encode", denoise: "denoise", de
 const HISTORY = 120;
 const FORGOTTEN_SHOWN = 3;
 const MANY_CELLS = 8;
+const MUCH_DRIFT = { colour: 8, contrast: 1.6, sharpness: 2 }; // as in streamdiff_core/drift.py; ratios but for colour
+const MUCH_AT = 0.75; // place on the bar
 
 export class Meters {
   constructor(root, onAnchor) {
@@ -131,14 +133,20 @@ export class Meters {
 
   #drift(drift) {
     const words = { ok: "steady", some: "some", much: "much" };
-    this.#put("drift-level", words[drift.level] ?? "measuring");
+    this.#put("drift-level", words[drift.level] ?? "");
     this.find("drift-level").dataset.level = drift.level ?? "";
     for (const meter of this.find("drift").querySelectorAll("[data-drift]")) {
-      const value = drift[meter.dataset.drift];
-      const size = Math.min(1, Math.abs(value ?? 0));
-      meter.ariaValueNow = size.toFixed(2);
-      meter.style.setProperty("--value", size);
-      meter.nextElementSibling.textContent = value == null ? "–" : value.toFixed(2);
+      const name = meter.dataset.drift;
+      const value = drift[name];
+      if (value == null) continue;
+      const isRatio = name !== "colour";
+      const share = isRatio ? Math.abs(Math.log(value)) / Math.log(MUCH_DRIFT[name]) : value / MUCH_DRIFT[name];
+      const text = isRatio ? `×${value.toFixed(2)}` : value.toFixed(1);
+      meter.ariaValueNow = Math.min(1, share * MUCH_AT).toFixed(2);
+      meter.ariaValueText = text;
+      meter.classList.toggle("much", share >= 1);
+      meter.style.setProperty("--value", Math.min(1, share * MUCH_AT));
+      meter.nextElementSibling.textContent = text;
     }
   }
 }

@@ -100,7 +100,12 @@ export function flat(options = {}) {
   return Object.fromEntries(Object.keys(NAMES).filter((name) => all[name] != null).map((name) => [name, all[name]]));
 }
 
-/** Settings and first prompt of a recipe. */
-export function readSettings(recipe) {
-  return { options: flat(recipe.options), prompt: recipe.prompt ?? recipe.prompts?.at(-1)?.prompt };
+/** Settings and prompt where a recipe ends: its start, and what its events changed on the way. */
+export function readSettings({ options, prompt, events = [] }) {
+  const settings = flat(options);
+  for (const event of events) {
+    if (event.options) Object.assign(settings, flat(event.options));
+    else if (event.prompt) prompt = event.prompt;
+  }
+  return { options: settings, prompt };
 }

@@ -2,11 +2,12 @@
    Gradio's controls call `set` and `prompt`; tests read `metrics()` and `lastFrame`. Addresses are relative to this file,
    so the page works below any path and on https. */
 
-import { Settings, readSettings } from "./settings.js";
+import { Frames } from "./frames.js";
 import { Messages } from "./messages.js";
 import { Meters } from "./meters.js";
 import { Player } from "./player.js";
 import { downloadRecipe, downloadSnapshot, readRecipe } from "./recipe.js";
+import { Settings, readSettings } from "./settings.js";
 import { Socket } from "./socket.js";
 import { Source, SourceError } from "./source.js";
 import { Stage } from "./stage.js";
@@ -25,25 +26,24 @@ const LIGHTER = { steps: 1, window_frames: 2 };
 class StreamDiff {
   constructor(root) {
     const actions = this.#actions();
-    Object.assign(this, { root, seq: 0, skipped: 0, captured: 0 });
+    this.root = root;
     this.settings = new Settings(root, (options) => this.socket.send({ type: "set", options }));
     this.stage = new Stage(root, actions);
     this.messages = new Messages(root, actions);
     this.meters = new Meters(root, () => this.anchor());
     this.player = new Player((frame) => this.stage.draw(frame));
-    this.worker = new Worker(new URL("worker.js", import.meta.url));
-    this.worker.onmessage = ({ data }) => this.#fromWorker(data);
     const video = root.querySelector("#sd-video");
-    this.source = new Source(video, new URL("sample.mp4", ROOT).href, (v, now) => this.#capture(v, now), (code) => this.#fallBack(code));
+    this.source = new Source(video, new URL("sample.mp4", ROOT).href, (v, now) => this.frames.capture(v, now, this.source.mirror), (code) => this.#fallBack(code));
     const address = new URL("stream", ROOT);
     address.protocol = address.protocol.replace("http", "ws");
     this.socket = new Socket(address.href, {
       opened: () => ({ type: "start", prompt: this.settings.prompt, options: this.settings.wanted }),
       ready: (ready) => this.#ready(ready),
-      chunk: (header, jpegs, received) => this.worker.postMessage({ type: "decode", header, jpegs, received, stream: this.socket.reconnects }, [jpegs]),
+      chunk: (header, jpegs, received) => this.frames.decode(header, jpegs, received),
       message: (message) => this.#message(message),
       lost: (wait_s, attempts) => this.#lost(wait_s, attempts),
     });
+    this.frames = new Frames(this.socket, this.player, this.stage);
     for (const button of root.querySelectorAll(".sd-style")) button.onclick = () => this.prompt(button.dataset.prompt);
     setInterval(() => this.meters.showPage(this.metrics(), this.stats), REFRESH_MS);
     this.use("sample");
@@ -129,42 +129,13 @@ class StreamDiff {
 
   /** What this page measured, and the last `stats` of the server. */
   metrics() {
-    const { player, socket, captured, skipped } = this;
+    const { player, socket, frames } = this;
     return {
       connected: Boolean(socket.ready), reconnects: Math.max(0, socket.reconnects), unacked: socket.unacked, source: this.source.kind,
-      paused: this.source.paused, captured, skipped: skipped + player.skipped, drawn: player.drawn, queued: player.queue.length,
+      paused: this.source.paused, captured: frames.captured, skipped: frames.skipped + player.skipped, drawn: player.drawn, queued: player.queue.length,
       fps: player.fps, ttff_ms: player.ttff_ms, lag_p50_ms: player.lag(50), lag_p95_ms: player.lag(95), interval_ms: player.interval_ms,
       applied: this.applied ?? null, lastFrame: player.lastFrame, ready: socket.ready, server: this.stats ?? null,
     };
-  }
-
-  // --- frames ---------------------------------------------------------------------------------------------------
-
-  async #capture(video, now) {
-    this.captured += 1;
-    this.stage.drawLive(video, this.source.mirror, this.player.drawn > 0);
-    if (!this.socket.ready) return;
-    if (this.grabbing || !this.socket.canSend) return void (this.skipped += 1);
-    this.grabbing = true; // one at a time: frames keep their order
-    const bitmap = await createImageBitmap(video).catch(() => null);
-    this.grabbing = false;
-    if (!bitmap || !this.socket.ready) return;
-    const seq = this.seq++;
-    const [width, height] = this.socket.ready.size;
-    this.socket.sent(seq);
-    this.player.captured(seq, now);
-    this.worker.postMessage({ type: "encode", seq, bitmap, width, height, mirror: this.source.mirror }, [bitmap]);
-  }
-
-  #fromWorker(data) {
-    if (data.type === "encoded") {
-      this.socket.sendFrame(data.bytes);
-      this.player.input(data.seq, data.picture);
-    } else if (data.type === "decoded" && data.stream === this.socket.reconnects) {
-      this.player.push(data.header, data.pictures, data.received);
-    } else if (data.type === "failed") {
-      console.error("worker:", data.message);
-    }
   }
 
   // --- messages of the server -----------------------------------------------------------------------------------
