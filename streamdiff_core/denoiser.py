@@ -16,6 +16,7 @@ from streamdiff_core.attention import PromptContext
 from streamdiff_core.config import Preset
 from streamdiff_core.engine import Engine
 from streamdiff_core.flow import nearest_table_sigma, sigma_from_timestep, sigma_table
+from streamdiff_core.inputs import InputRule
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import make_policy
 from streamdiff_core.schedules import make_schedule
@@ -32,6 +33,9 @@ KEPT_ON_FLUSH = 2
 class Denoiser:
     """Schedule + cache + kept inputs of one stream."""
 
+    guide: InputRule | None = None
+    """Rule that guides predictions."""
+
     def __init__(self, engine: Engine, preset: Preset, options: StreamOptions, tokens_per_frame: int) -> None:
         self.engine, self.options, self._tokens_per_frame = engine, options, tokens_per_frame
         self._noise_mode, self.sigma_of = preset.schedule.noise, sigma_from_timestep
@@ -40,6 +44,7 @@ class Denoiser:
         self._num_real: dict[int, int] = {}
         self._switch_at: dict[int, str] = {}
         self._noise_of: dict[int, NoiseSource] = {}
+        self._guided: dict[int, Chunk] = {}
         self.schedule = self.new_schedule()
         self.cache = self._new_cache()
         self._inputs: list[dict[int, tuple[Tensor, float]]] = [{} for _ in range(self.cache.num_rows)]
@@ -76,6 +81,8 @@ class Denoiser:
             elif switch is not None:
                 self._switch_at[chunk.chunk_idx] = switch
             self._num_real[chunk.chunk_idx] = chunk.num_frames
+            if self.guide is not None:
+                self._guided[chunk.chunk_idx] = chunk
             self._noise_of[chunk.chunk_idx] = NoiseSource(self.options.seed, self._noise_mode)
         return done + self._tick(chunk)
 
@@ -138,15 +145,26 @@ class Denoiser:
                 num_frames = self._num_real.pop(event.chunk_idx)
                 self._switch_at.pop(event.chunk_idx, None)
                 del self._noise_of[event.chunk_idx]
+                self._guided.pop(event.chunk_idx, None)
                 done.append(DenoisedChunk(event.chunk_idx, event.latents, num_frames))
 
     def _forward(self, rows: list[RowOp]) -> list[Tensor]:
         for row in rows:
             self._enter_row(row)
-        x0s = self.engine.forward([(self.cache, row) for row in rows])
+        x0s = self._predict(rows)
         for row in rows:
             self._keep_inputs(row)
         return x0s
+
+    def _predict(self, rows: list[RowOp]) -> list[Tensor]:
+        def forward(rows: Sequence[RowOp]) -> list[Tensor]:
+            return self.engine.forward([(self.cache, row) for row in rows])
+
+        if self.guide is None:
+            return forward(rows)
+        chunks = self._guided.values()
+        sources = {f: x for chunk in chunks for f, x in zip(chunk.frame_ids, chunk.latents, strict=True)}
+        return self.guide.predict(rows, sources, forward)
 
     def _keep_inputs(self, row: RowOp) -> None:
         """Remember what was fed for every frame the cache row holds, for ``recache``."""

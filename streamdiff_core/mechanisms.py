@@ -26,12 +26,11 @@ import sys
 import textwrap
 from typing import Any
 
+from streamdiff_core.inputs import INPUTS
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.schedules import SCHEDULES
 
 SECTIONS = ("Paper", "Training-free", "Cost", "Look for", "Deviates")
-INPUTS: dict[str, type] = {}
-"""Input-side mechanisms by name."""
 
 WAITING = {
     "hybrid_forcing": (

@@ -133,6 +133,7 @@ class StreamPipeline:
         width: int | None = None,
         height: int | None = None,
         latent_frames_per_chunk: int | None = None,
+        input_options: Mapping[str, Any] | None = None,
         steady: bool | None = None,
         mode: str = "v2v",
         deadline_ms: float | None = None,
@@ -162,6 +163,7 @@ class StreamPipeline:
             latent_frames_per_chunk=p.latent_frames_per_chunk
             if latent_frames_per_chunk is None
             else latent_frames_per_chunk,
+            input_options=deepcopy(input_options or {}),
             steady=p.steady is not None if steady is None else steady,
             mode=mode,
             deadline_ms=deadline_ms,

@@ -22,6 +22,7 @@ from streamdiff_core.config import SteadyConfig
 from streamdiff_core.denoiser import Denoiser
 from streamdiff_core.flow import select_steps, spaced_steps
 from streamdiff_core.frames import check_frames, frames_to_tensor, resize_and_crop, tensor_to_frames
+from streamdiff_core.inputs import HeldFrames, make_inputs
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.kv_policies.sink import describe_content
@@ -64,6 +65,11 @@ class StreamSession:
         self._latent_size = (o.height // stride, o.width // stride)
         tokens = pipe.transformer.config.tokens_per_frame(*self._latent_size)
         self._denoiser = self.denoiser_type(pipe.engine, pipe.preset, o, tokens)
+        self._inputs, self._held = make_inputs(o.input_options), HeldFrames()
+        for rule in self._inputs.rules:
+            rule.begin(o.seed, pipe.encode_prompt)
+        self._denoiser.guide = self._inputs.guide
+        self._options_taken = o
         self._encoder_state, self._decoder_state = pipe.vae.new_state(), pipe.vae.new_state()
         self._steady_state = SteadyState()
         self._sources: dict[int, Tensor] = {}  # input of the chunks in flight [T, 3, H, W]
@@ -104,7 +110,7 @@ class StreamSession:
         while len(self._pending) >= self._frames_wanted:
             count = self._frames_wanted
             taken, self._pending = self._pending[:count], self._pending[count:]
-            out += self._advance(self.encode_chunk(np.stack(taken)))
+            out += self._take(np.stack(taken))
         return self._deliver(out)
 
     def flush(self) -> np.ndarray:
@@ -115,7 +121,7 @@ class StreamSession:
             count = len(self._pending)
             padded = self._pending + [self._pending[-1]] * (self._frames_wanted - count)
             self._pending = []
-            out += self._advance(self.encode_chunk(np.stack(padded), num_frames=count))
+            out += self._take(np.stack(padded), count)
         while self.schedule.num_in_flight:
             out += self._advance(None)
         return self._deliver(out)
@@ -215,8 +221,8 @@ class StreamSession:
     def nbytes(self) -> int:
         """Bytes of stream state: KV cache, VAE memory, inputs kept for re-caching, frames in flight."""
         self._check_open()
-        states = (self._denoiser, self._decoder_state, self._encoder_state, self._steady_state, *self._sources.values())
-        return sum(state.nbytes for state in states)
+        states = (self._denoiser, self._decoder_state, self._encoder_state, self._steady_state, self._inputs)
+        return sum(state.nbytes for state in (*states, *self._sources.values()))
 
     @property
     def noise_scale(self) -> float:
@@ -244,6 +250,7 @@ class StreamSession:
             stage_ms={name: stage.mean_ms for name, stage in self.timer.summary().items()},
             num_frames_in=self._num_in,
             num_frames_out=self._num_out,
+            num_frames_held=self._held.num_held,
             cache_slots=self.cache.describe(self.cache.num_rows - 1),
             cache_evicted=sorted(self._evicted),
             nbytes=self.nbytes,
@@ -303,14 +310,30 @@ class StreamSession:
     @property
     def _frames_wanted(self) -> int:
         """Pixel frames of the next chunk."""
-        group = self.pipe.preset.vae.temporal_stride * self.options.latent_frames_per_chunk
-        return group + (1 if self._next_frame == 0 else 0)
+        stride = self.pipe.preset.vae.temporal_stride
+        return stride * self._latent_frames_wanted - (stride - 1 if self._next_frame == 0 else 0)
+
+    @property
+    def _latent_frames_wanted(self) -> int:
+        """Latent frames of the next chunk."""
+        n = self.options.latent_frames_per_chunk
+        return self._inputs.first_chunk_frames(n) if self._next_frame == 0 else n
 
     def _frames_held(self) -> set[int]:
         return {frame for frame in self._denoiser.cache.tables[-1].frames if frame is not None}
 
     def _advance(self, encoded: EncodedChunk | None) -> list[np.ndarray]:
-        return [self.decode_chunk(d).frames for d in self.denoise_chunk(encoded)]
+        done = self.denoise_chunk(encoded)
+        return [clip for d in done for clip in self._held.after(d.chunk_idx, self.decode_chunk(d).frames)]
+
+    def _take(self, frames: np.ndarray, num_frames: int | None = None) -> list[np.ndarray]:
+        """Process a chunk, or hold it back where an input rule says so; chunks in flight go on either way."""
+        something_changed = self._switch is not None or self.options is not self._options_taken
+        if self._inputs.holds(frames, must_run=something_changed):
+            self._held.add(self._chunk_idx - 1, len(frames) if num_frames is None else num_frames)
+            return [*self._advance(None), *self._held.due()]
+        self._options_taken = self.options
+        return self._advance(self.encode_chunk(frames, num_frames))
 
     def _deliver(self, clips: list[np.ndarray]) -> np.ndarray:
         empty = np.empty((0, self.options.height, self.options.width, 3), np.uint8)
@@ -360,7 +383,7 @@ class StreamSession:
 
     def _empty_chunk(self) -> Chunk:
         """Text to video: pure noise at timestep 1000."""
-        n = self.options.latent_frames_per_chunk + (1 if self._next_frame == 0 else 0)
+        n = self._latent_frames_wanted
         shape = (n, self.pipe.transformer.config.in_channels, *self._latent_size)
         stride = self.pipe.preset.vae.temporal_stride
         dtype = torch.promote_types(torch.float32, self.pipe.transformer.dtype)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from streamdiff_core.config import CacheConfig, Preset
+from streamdiff_core.inputs import make_inputs
 from streamdiff_core.kv_policies import make_policy
 from streamdiff_core.plain_data import check_fields, from_plain
 from streamdiff_core.schedules import make_schedule
@@ -14,7 +15,7 @@ from streamdiff_core.schedules.steps import Stepper
 
 Prompt = str | Mapping[str, float]
 SWITCHES = ("keep", "recache", "flush", "reset", "cut")
-FIXED_OPTIONS = ("width", "height", "mode", "latent_frames_per_chunk")
+FIXED_OPTIONS = ("width", "height", "mode", "latent_frames_per_chunk", "input_options")
 """Options that no running stream can change."""
 
 
@@ -48,6 +49,8 @@ class StreamOptions:
     """Output height, px."""
     latent_frames_per_chunk: int = 1
     """Latent frames denoised together after the first chunk's extra one."""
+    input_options: Mapping[str, Any] = field(default_factory=dict)
+    """Rules of the input side and their knobs, {rule: {knob: value}}; as ``list_mechanisms()`` names them."""
     steady: bool = False
     """Whether what stands still in the input is held still (``steady.hold_still``); t2v has no input to hold to."""
     mode: str = "v2v"
@@ -80,6 +83,8 @@ class StreamStats:
     """Frames pushed."""
     num_frames_out: int
     """Frames returned."""
+    num_frames_held: int
+    """Frames for which the last picture was repeated because an input rule held them back."""
     cache_slots: list[dict[str, Any]]
     """Filled slots of the last cache row: slot, role, frame, position."""
     cache_evicted: list[int]
@@ -124,6 +129,13 @@ def check_options(options: StreamOptions, preset: Preset) -> None:
             f"{o.cache.cache_frames}; raise window_frames or lower steps"
         )
     policy.check(o.latent_frames_per_chunk * together)
+    first = make_inputs(o.input_options, has_frames=o.mode == "v2v").first_chunk_frames(o.latent_frames_per_chunk)
+    first += o.latent_frames_per_chunk * (together - 1)
+    if first > o.cache.cache_frames:
+        raise ValueError(
+            f"a first forward of {first} latent frames must fit the cache of {o.cache.cache_frames}; raise sink_frames "
+            f"or window_frames, or shorten the warm-up"
+        )
     if o.deadline_ms is not None and o.deadline_ms <= 0:
         raise ValueError(f"deadline_ms must be above 0, or None for no deadline, got {o.deadline_ms}")
 

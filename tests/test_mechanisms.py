@@ -60,7 +60,10 @@ def test_everything_is_listed():
     assert all(m.training_free.startswith("no: ") and m.paper for m in waiting)
 
 
-@pytest.mark.parametrize("kind, name", [("policy", n) for n in sorted(POLICIES)] + [("schedule", n) for n in SCHEDULES])
+ALL = [(kind, n) for kind, known in (("policy", POLICIES), ("schedule", SCHEDULES), ("input", INPUTS)) for n in known]
+
+
+@pytest.mark.parametrize("kind, name", ALL)
 def test_each_says_what_a_reader_needs(kind, name):
     (m,) = [m for m in list_mechanisms() if m.name == name and m.kind == kind]
     assert m.title.endswith(".") and m.paper and m.cost and m.look_for

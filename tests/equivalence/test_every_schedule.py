@@ -138,6 +138,14 @@ def test_change_of_schedule_in_a_running_stream(pipe, frames, name):
     assert len(np.concatenate([*out, stream(session, frames[33:])])) == NUM_FRAMES
 
 
+def test_change_of_one_knob_in_a_running_stream(pipe, frames):
+    session = pipe.start("pencil", schedule="best_of", schedule_options=dict(candidates=2))
+    session.push(frames[:17])
+    session.set_options(schedule_options=dict(candidates=4))
+    session.push(frames[17:21])
+    assert session.schedule.num_cache_rows == session.cache.num_rows == 4
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_text_to_video(pipe, name):
     session = pipe.start("pencil", mode="t2v", **options_of(name))
