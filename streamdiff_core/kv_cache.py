@@ -47,13 +47,17 @@ class KVCache:
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
         self._k_time = [torch.zeros(time_shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
-        self._scratch: list[list[dict[str, Tensor]]] = [[{} for _ in range(num_rows)] for _ in range(model.num_layers)]
+        self._scratch, self._state = self._nothing(), self._nothing()
+
+    def _nothing(self) -> list[list[dict[str, Tensor]]]:
+        """An empty dict per layer and row."""
+        return [[{} for _ in range(self.num_rows)] for _ in range(self.model.num_layers)]
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        scratch = [x for layer in self._scratch for row in layer for x in row.values()]
-        return sum(x.numel() * x.element_size() for group in (self.k, self.v, self._k_time, scratch) for x in group)
+        extra = [x for group in (self._scratch, self._state) for layer in group for row in layer for x in row.values()]
+        return sum(x.numel() * x.element_size() for group in (self.k, self.v, self._k_time, extra) for x in group)
 
     def begin(self, row: int, frame_ids: Sequence[int], descriptor: Any = None, prompt: Any = None) -> CacheView:
         """Plan one row of one forward and return the view that all layers share."""
@@ -63,7 +67,8 @@ class KVCache:
         """One row's slots in one layer."""
         return LayerSlots(
             layer, self.model, self.k[layer][row], self.v[layer][row], self._k_time[layer][row],
-            self._rotated_to[layer][row], self._scratch[layer][row], self._scratch[0][row], prompt, plan,
+            self._rotated_to[layer][row], self._scratch[layer][row], self._state[layer][row], self._state[0][row],
+            prompt, plan,
         )  # fmt: skip
 
     def fork(self, src: int, dst: Sequence[int]) -> None:
@@ -90,7 +95,8 @@ class KVCache:
             for mine, theirs in ((self.k, other.k), (self.v, other.v), (self._k_time, other._k_time)):
                 mine[layer][dst].copy_(theirs[layer][src])
             self._rotated_to[layer][dst] = list(other._rotated_to[layer][src])
-            self._scratch[layer][dst] = {name: x.clone() for name, x in other._scratch[layer][src].items()}
+            for mine, theirs in ((self._scratch, other._scratch), (self._state, other._state)):
+                mine[layer][dst] = {name: x.clone() for name, x in theirs[layer][src].items()}
 
     def _admit_frames(self, other: KVCache, row: int) -> None:
         old, table, came_from = other.tables[row], self.policy.new_table(), {}
@@ -112,7 +118,7 @@ class KVCache:
         for layer in self._rotated_to:
             for row in layer:
                 row[:] = [None] * len(row)
-        self._scratch = [[{} for _ in layer] for layer in self._scratch]
+        self._scratch, self._state = self._nothing(), self._nothing()
 
     def keep_recent(self, num_frames: int, rows: Sequence[int] | None = None) -> None:
         """Keep the sinks and the newest ``num_frames`` of the window, packed; in all rows unless told which."""
@@ -184,9 +190,11 @@ class LayerSlots:
     at: list[int | None]
     """Position each slot is rotated to; None: not rotated yet, or tokens of several positions."""
     scratch: dict[str, Tensor]
-    """A policy's own tensors of this layer, kept between forwards and copied by a fork."""
+    """A policy's own tensors of this layer, [slots, …], kept between forwards; an entry moves with its slot."""
+    state: dict[str, Tensor]
+    """The same without that shape."""
     shared: dict[str, Tensor]
-    """The same of layer 0, for what all layers share."""
+    """``state`` of layer 0, for what all layers share."""
     prompt: Any
     """The row's ``PromptContext``."""
     plan: RowPlan | None
@@ -205,7 +213,7 @@ class LayerSlots:
 
     def copy(self, src: int, dst: int) -> None:
         """Slot ``dst`` becomes a copy of ``src``."""
-        for store in (self.k, self.v, self.k_time):
+        for store in (self.k, self.v, self.k_time, *self.scratch.values()):
             store[dst].copy_(store[src])
         self.at[dst] = self.at[src]
 

@@ -7,7 +7,7 @@ Shape letters: T pixel frames, F latent frames, C latent channels, h x w latent 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ class RowPlan:
     reader: Reader | None = None
     """Replaces the plain read of the visible slots."""
 
+    def adding(self, edit: Edit) -> RowPlan:
+        """The same plan with one more edit."""
+        return replace(self, edits=(*self.edits, edit))
+
 
 TOKENS = -1
 """Entry of ``SlotTable.frames`` for a slot that holds tokens of several latent frames."""
@@ -104,6 +108,11 @@ class SlotTable:
     def newest(self) -> int:
         """Newest latent frame held, -1 without any."""
         return max((f for f in self.frames if f is not None), default=-1)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no latent frame is held."""
+        return self.newest < 0
 
     def slots_of(self, frame_idx: int) -> list[int]:
         """Slots that hold a latent frame (more than one after a paper-form sink refresh)."""

@@ -32,14 +32,17 @@ class RollingPolicy:
     switches: ClassVar[tuple[str, ...]] = SWITCHES
     pinned_roles: ClassVar[tuple[str, ...]] = ("sink", "memory")
     """Roles read before the window, in this order."""
-    extra_slots: ClassVar[int] = 0
-    """Slots beyond sinks and window."""
     is_adaptive: ClassVar[bool] = False
     """Whether ``CacheConfig.adaptive_sink`` means something here."""
 
     def __post_init__(self) -> None:
         if self.config.adaptive_sink != "off" and not self.is_adaptive:
             raise ValueError(f"adaptive_sink={self.config.adaptive_sink!r} works with policy 'sink' only; use 'off'")
+
+    @property
+    def extra_slots(self) -> int:
+        """Slots beyond sinks and window."""
+        return 0
 
     @property
     def num_slots(self) -> int:
@@ -56,7 +59,7 @@ class RollingPolicy:
 
     def before_chunk(self, table: SlotTable, switch: str | None) -> list[tuple[int, ...]]:
         """Frames to compute again before a chunk enters: after a ``recache`` switch all of them, jointly."""
-        return [self._held(table)] if switch == "recache" else []
+        return [held_frames(table)] if switch == "recache" else []
 
     def plan(self, table: SlotTable, frame_ids: Sequence[int], descriptor: Any = None) -> RowPlan:
         """Place the chunk ``frame_ids`` and return what this forward writes and reads.
@@ -72,7 +75,10 @@ class RollingPolicy:
         edits: list[Edit] = []
         if not all(table.slots_of(frame) for frame in frame_ids):
             self._check_room(table, frame_ids)
+            table.notes.setdefault("origin", frame_ids[0])
             self._admit(table, frame_ids, descriptor, edits)
+            held = [c for c in table.notes.get("chunks", ()) if any(table.slots_of(f) for f in c)]
+            table.notes["chunks"] = (*held, tuple(frame_ids))
         writes = tuple((slot, j) for j, frame in enumerate(frame_ids) for slot in table.slots_of(frame))
         visible = self._visible(table, frame_ids)
         at = self._positions(table, visible)
@@ -138,26 +144,32 @@ class RollingPolicy:
         return dict(zip(pinned + window, pinned_at + window_at, strict=True))
 
     def _extend(self, plan: RowPlan, table: SlotTable, frame_ids: Sequence[int]) -> RowPlan:
-        """Last word on the plan, e.g. a bias or a reader."""
+        """Last word on the plan: an edit, a bias, a reader."""
         return plan
 
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _check_room(self, table: SlotTable, frame_ids: Sequence[int]) -> None:
         sinks, window = self.config.sink_frames, self.config.window_frames
-        room = window if table.num_filled else sinks + window  # the first chunk may fill the sinks
+        room = sinks + window if table.is_empty else window  # the first chunk may fill the sinks
         if len(frame_ids) > room:
             raise ValueError(
                 f"a chunk of {len(frame_ids)} latent frames does not fit a window of {window} "
                 f"(+ {sinks} sinks at the start); raise window_frames"
             )
 
-    @staticmethod
-    def _held(table: SlotTable) -> tuple[int, ...]:
-        """Frames held whole, oldest first."""
-        return tuple(sorted({f for f in table.frames if f is not None and f >= 0}))
+    def _use(self, **changes: Any) -> None:
+        """Replace fields of ``config``: what the policy prescribes wins over what the caller's cache says."""
+        object.__setattr__(self, "config", replace(self.config, **changes))
 
 
-def at_positions(config: CacheConfig, positions: str, **changes: Any) -> CacheConfig:
-    """The same cache under the position map that a policy prescribes."""
-    return replace(config, positions=positions, **changes)
+def held_frames(table: SlotTable, without: Sequence[str] = ()) -> tuple[int, ...]:
+    """Frames held whole, oldest first, except those of some roles."""
+    slots = [s for s, f in enumerate(table.frames) if f is not None and f >= 0 and table.roles[s] not in without]
+    return tuple(sorted({table.frames[s] for s in slots}))
+
+
+def chunk_by_chunk(table: SlotTable, frames: Sequence[int]) -> list[tuple[int, ...]]:
+    """Some held frames, grouped as they came in."""
+    groups = [tuple(f for f in chunk if f in frames) for chunk in table.notes.get("chunks", ())]
+    return [group for group in groups if group]
