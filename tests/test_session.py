@@ -368,7 +368,7 @@ def test_set_prompt_refuses(pipe, frames):
         (dict(noise_scale=0), "noise_scale must lie in"),
         (dict(motion_adaptive=1), "motion_adaptive must be true or false"),
         (dict(deadline_ms=-1), "deadline_ms must be above 0"),
-        (dict(policy="none"), "unknown policy 'none'; known: sink"),
+        (dict(policy="none"), "unknown policy 'none'; known: "),
         (dict(clean_pass=True), "has no clean_pass to switch on"),
         (dict(cache={"sink_frames": 2}), "cache must be a CacheConfig"),
         (dict(cache=2, sink_frames=2), "cache must be a CacheConfig, got 2"),
