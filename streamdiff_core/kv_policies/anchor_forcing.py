@@ -21,7 +21,7 @@ class AnchorForcingPolicy(FirstFramesPolicy):
     until then the last prompt's anchor is read. The window counts up to ``last_position`` and then stays there.
 
     Paper: Anchor Forcing (SEEDS §3.11).
-    Training-free: runs; the paper re-aligns the model with a LoRA.
+    Training-free: runs, the paper re-aligns the model with a LoRA.
     Cost: ``pinned_frames`` more slots to read after the first switch; one forward for ``recache``.
     Look for: a new prompt that stays itself for long, without the pull of the first one.
     Deviates: the anchor is a number of frames, not a chunk, so that chunks of one frame have one too.

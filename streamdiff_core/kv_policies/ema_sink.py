@@ -19,7 +19,7 @@ class EmaSinkPolicy(RollingPolicy):
     Frame f of the stream goes to sink ``f mod sink_frames``: the paper's rule for chunks as long as the sink.
 
     Paper: Reward Forcing (SEEDS §3.8).
-    Training-free: runs; the paper's weights were trained with it.
+    Training-free: runs, the paper's weights were trained with it.
     Cost: one blend of a slot per evicted frame and layer.
     Look for: more motion than a static sink, and a slow change of looks with the scene.
     Deviates: sink and chunk may differ in length; in half precision the mean is held in float32, where a step of 0.001

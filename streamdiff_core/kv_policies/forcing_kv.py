@@ -26,7 +26,7 @@ class ForcingKVPolicy(RollingPolicy):
     layer 0 has static heads only.
 
     Paper: Forcing-KV (SEEDS §3.13).
-    Training-free: yes; heads are labelled once per checkpoint.
+    Training-free: yes, heads are labelled once per checkpoint.
     Cost: less to read than a window; two attention calls in layers with both kinds of head.
     Look for: nothing, at a higher speed on large pictures.
     Deviates: the selection is made when the next chunk enters, not in the clean pass, so that it works without one; no

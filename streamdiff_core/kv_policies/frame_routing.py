@@ -26,7 +26,7 @@ class FrameRoutingPolicy(RollingPolicy):
     it reads sits between sinks and window.
 
     Paper: CausalCine's CAMR; MemFlow; IAMFlow's frame bank (SEEDS §3.10).
-    Training-free: runs; CausalCine's and MemFlow's models were trained with it.
+    Training-free: runs, CausalCine's and MemFlow's models were trained with it.
     Cost: ``bank_frames`` more slots, of which ``read_frames`` are gathered, rotated and read per layer and forward.
     Look for: a scene that returns as it was.
     Deviates: the bank is bounded (CAMR keeps everything) and first in, first out; MemFlow's bank keeps its best frames

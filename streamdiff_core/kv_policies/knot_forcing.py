@@ -18,7 +18,7 @@ class KnotForcingPolicy(RollingPolicy):
     beyond it.
 
     Paper: Knot Forcing, running ahead (SEEDS §3.12, from secondary notes).
-    Training-free: runs; the original conditions on a reference image.
+    Training-free: runs, the original conditions on a reference image.
     Cost: the sink is rotated again at every move.
     Look for: as ``live_avatar``; a small change of pace at every move.
     Deviates: the sink is the first generated frame. The overlap of chunks (the knot) changes what is denoised, not

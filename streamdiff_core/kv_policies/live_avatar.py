@@ -16,7 +16,7 @@ class LiveAvatarPolicy(RollingPolicy):
     The stream moves towards its sink instead of away from it; the distance never grows.
 
     Paper: Live Avatar, rolling sink frame mechanism (SEEDS §3.12).
-    Training-free: runs; trained with corrupted history.
+    Training-free: runs, trained with corrupted history.
     Cost: the sink is rotated again in every chunk.
     Look for: identity and colours that stay for as long as one watches.
     Deviates: the sink is the first generated frame from the start (the paper: a reference image, replaced after the

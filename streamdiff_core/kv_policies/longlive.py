@@ -18,7 +18,7 @@ class LongLivePolicy(RollingPolicy):
     prompt. ``joint``: one bidirectional forward. ``causal``: chunk by chunk, as the cache was written.
 
     Paper: LongLive 1.0 (SEEDS §3.3).
-    Training-free: runs; the released LoRA is tuned for window 12 and sink 3.
+    Training-free: runs, the released LoRA is tuned for window 12 and sink 3.
     Cost: one forward per switch (``causal``: one per held chunk); none otherwise.
     Look for: a new prompt that takes hold without a jump; over minutes, returns to the sink's picture.
     Deviates: the sink is kept at any time (released: rewritten if the switch comes before the cache is full); frames

@@ -21,7 +21,7 @@ class ShotSinkPolicy(FirstFramesPolicy):
     the stream's own sink stays. Each shot is ``shot_offset`` positions further away.
 
     Paper: LongLive 2.0 (SEEDS §3.4).
-    Training-free: runs; the offset was seen in training.
+    Training-free: runs, the offset was seen in training.
     Cost: ``pinned_frames`` more slots to read after the first cut.
     Look for: a shot that stays itself after a cut, and keeps what the whole stream shares.
     Deviates: frames of the shot sink are read as part of the window until they leave it, so never twice.

@@ -16,7 +16,7 @@ class SlidingWindowPolicy(RollingPolicy):
     The slots that ``CacheConfig`` gives to sinks go to the window, so that a comparison is one of equal memory.
 
     Paper: Self Forcing, CausVid (SEEDS §3.1).
-    Training-free: yes; beyond the trained horizon quality decays.
+    Training-free: yes, beyond the trained horizon quality decays.
     Cost: none.
     Look for: colours and style that drift over minutes, nothing that ties the stream to its beginning.
     """

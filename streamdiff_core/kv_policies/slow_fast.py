@@ -24,7 +24,7 @@ class SlowFastPolicy(RollingPolicy):
     to the slow memory (first in, first out) when it leaves the window.
 
     Paper: Context Forcing (SEEDS §3.9).
-    Training-free: runs; the paper's weights were distilled with long contexts.
+    Training-free: runs, the paper's weights were distilled with long contexts.
     Cost: up to ``slow_frames`` more slots to read; one number read back from the device per check.
     Look for: after a scene has come and gone, traces of it that a plain window has lost.
     Deviates: a frame enters the slow memory when it leaves the fast one (the paper: at once, then read once), so it is
