@@ -48,7 +48,7 @@ class Engine:
         return self.transformer.encode_prompt(context)
 
     def _forward_batch(self, rows: Sequence[tuple[KVCache, RowOp]]) -> list[Tensor]:
-        xt = torch.stack([row.xt for _, row in rows])  # [B, F, C, h, w]
+        xt = torch.stack([row.xt for _, row in rows]).contiguous()  # [B, F, C, h, w]; sums follow strides
         frames = xt.shape[1]
         timestep = torch.tensor(
             [r.timestep if isinstance(r.timestep, tuple) else (r.timestep,) * frames for _, r in rows],

@@ -17,6 +17,7 @@ from torch import nn
 from streamdiff_core.config import Preset
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.hub import RemoteFile, download, look_up
+from streamdiff_core.parallel.stage import StagePart
 from streamdiff_core.taehv import TAEHV, published_weights
 from streamdiff_core.types import CheckpointError
 from streamdiff_core.umt5 import UMT5Encoder
@@ -37,6 +38,7 @@ def load_modules(
     device_was_named: bool,
     weights: str | Path | None = None,
     vae: str | Path = "wan",
+    part: StagePart | None = None,
 ) -> tuple[CausalWanTransformer, nn.Module, UMT5Encoder]:
     """Transformer, VAE and text encoder of a full-size preset.
 
@@ -47,15 +49,21 @@ def load_modules(
         device_was_named: a CPU is taken only when the caller asked for it.
         weights: checkpoint of the transformer to load instead of the published one.
         vae: ``wan``, or the file of a TAEHV (``taew2_1.pth``): faster, a little softer.
+        part: one pipeline stage's part of the transformer; the rest is not loaded.
 
     Raises:
         CheckpointError: not enough memory or disk, no connection, or a file that does not fit; says what to do.
     """
-    check_memory(preset, device, device_was_named)
+    if part is None:
+        check_memory(preset, device, device_was_named)
     source = preset.source
     checkpoint = Path(weights) if weights else _fetch(source.repo, [source.file])[source.file]
     transformer = empty_transformer(preset, dtype)
-    load_checkpoint(transformer, checkpoint, wrapper=None if weights else source.wrapper)
+    load_checkpoint(
+        transformer, checkpoint, wrapper=None if weights else source.wrapper, only=part.covers if part else None
+    )
+    if part is not None:
+        part.keep(transformer)
     return transformer.to(device), load_vae(preset, vae, dtype).to(device), text_encoder(preset, device)
 
 

@@ -23,6 +23,7 @@ from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.engine import Engine
 from streamdiff_core.full_size import load_modules
 from streamdiff_core.lora import merge_lora
+from streamdiff_core.parallel.stage import StagePart
 from streamdiff_core.quantise import quantise
 from streamdiff_core.session import StreamSession
 from streamdiff_core.stream_options import Prompt, StreamOptions, check_options
@@ -80,31 +81,13 @@ class StreamPipeline:
             CheckpointError: weights missing, not fitting, or too large for this machine.
         """
         preset = get_preset(name)
-        place, number = pick_device(device), pick_dtype(dtype, pick_device(device))
-        if preset.bundled:
-            modules = cls._bundled(preset, place, number, weights)
-        else:
-            named = device != "auto"
-            modules = load_modules(preset, place, number, device_was_named=named, weights=weights, vae=vae)
+        modules = load_preset(preset, device=device, dtype=dtype, weights=weights, vae=vae)
         for source, strength in (lora or {}).items():
             logger.info("%s", merge_lora(modules[0], source, strength))
         pipe = cls.from_modules(preset, *modules)
         if quantisation:
             quantise(pipe.transformer, quantisation)
         return pipe
-
-    @staticmethod
-    def _bundled(
-        preset: Preset, place: torch.device, number: torch.dtype, weights: str | Path | None
-    ) -> tuple[CausalWanTransformer, TinyVAE, TinyTextEncoder]:
-        """The modules of a preset that ships with the package."""
-        folder = Path(weights) if weights else ASSETS / preset.name
-        with torch.device("meta"):  # no time spent on random weights that are overwritten at once
-            modules = CausalWanTransformer(preset.model), TinyVAE(preset.vae), TinyTextEncoder(preset.text)
-        for module, file in zip(modules, ("transformer", "vae", "text_encoder"), strict=True):
-            load_checkpoint(module, folder / f"{file}.safetensors")
-        transformer, vae, text = modules
-        return transformer.to(place, number), cast_vae(vae, place, number), text.to(place)
 
     @classmethod
     def from_modules(
@@ -197,6 +180,34 @@ class StreamPipeline:
     def with_cache(self, **changes: object) -> CacheConfig:
         """The preset's cache configuration with some fields changed."""
         return replace(self.preset.cache, **changes)
+
+
+def load_preset(
+    preset: Preset,
+    *,
+    device: str,
+    dtype: str,
+    weights: str | Path | None = None,
+    vae: str | Path = "wan",
+    part: StagePart | None = None,
+) -> tuple[CausalWanTransformer, nn.Module, Any]:
+    """Transformer (or one pipeline stage's part of it), VAE and text encoder; arguments as for ``from_preset``."""
+    place = pick_device(device)
+    number = pick_dtype(dtype, place)
+    if not preset.bundled:
+        named = device != "auto"
+        return load_modules(preset, place, number, device_was_named=named, weights=weights, vae=vae, part=part)
+    folder = Path(weights) if weights else ASSETS / preset.name
+    with torch.device("meta"):  # no time spent on random weights that are overwritten at once
+        transformer, small_vae, text = (
+            CausalWanTransformer(preset.model), TinyVAE(preset.vae), TinyTextEncoder(preset.text),
+        )  # fmt: skip
+    load_checkpoint(transformer, folder / "transformer.safetensors", only=part.covers if part else None)
+    load_checkpoint(small_vae, folder / "vae.safetensors")
+    load_checkpoint(text, folder / "text_encoder.safetensors")
+    if part is not None:
+        part.keep(transformer)
+    return transformer.to(place, number), cast_vae(small_vae, place, number), text.to(place)
 
 
 def pick_device(device: str) -> torch.device:

@@ -101,6 +101,7 @@ def load_checkpoint(
     subfolder: str | None = None,
     wrapper: str | None = None,
     convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
+    only: Callable[[str], bool] | None = None,
 ) -> LoadReport:
     """Load weights strictly, in place and in the model's own number type, or raise and change nothing.
 
@@ -112,6 +113,7 @@ def load_checkpoint(
         subfolder: folder inside ``source``, e.g. ``transformer``.
         wrapper: take this entry of a pickled dict, e.g. ``generator_ema``; default: first of ``WRAPPERS``.
         convert: renames the keys of models other than the Wan transformer.
+        only: which tensors of the model to load, by name, after all have been checked; the others stay as they are.
 
     Raises:
         CheckpointError: unreadable, truncated or foreign file; keys, shapes or number types do not fit.
@@ -128,6 +130,7 @@ def load_checkpoint(
     problems = _misfits(own, state)
     if problems:
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}. Nothing was loaded.")
+    own = {name: target for name, target in own.items() if only is None or only(name)}
     with torch.no_grad():
         for name, target in own.items():
             if not target.is_meta:
