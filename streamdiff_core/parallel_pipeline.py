@@ -18,7 +18,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from streamdiff_core.pipeline import StreamPipeline, load_preset, pick_device, p
 from streamdiff_core.ring_engine import RingEngine, Ticket
 from streamdiff_core.session import StreamSession
 from streamdiff_core.stream_options import StreamOptions
-from streamdiff_core.types import Chunk, DecodedChunk, DenoisedChunk, DenoiseSchedule, RowOp
+from streamdiff_core.types import Chunk, DenoisedChunk, DenoiseSchedule, RowOp
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +53,23 @@ class Tick:
 
 
 class Lanes:
-    """W copies of a schedule that take turns, so that W micro-batches are in flight."""
+    """W copies of a schedule that take turns, so that W micro-batches are in flight.
+
+    That is exact where every chunk takes the same forwards and only its own x0s decide them. Any other schedule gets
+    one lane, which waits for each forward: weights are shared out all the same, but stages take turns.
+    """
 
     def __init__(self, schedules: list[DenoiseSchedule]) -> None:
         self.schedules, self.tick, self.num_in_flight = schedules, 0, 0
         self.num_cache_rows = schedules[0].num_cache_rows
-        self.forwards_per_chunk = schedules[0].forwards_per_chunk
         self.is_first = True
+        cost = schedules[0].cost
+        self.cost = replace(cost, latency_chunks=(cost.latency_chunks + 1) * len(schedules) - 1)
+
+    @property
+    def num_forwards(self) -> int | None:
+        """Forwards of every tick but the first; None where ticks may not overlap."""
+        return forwards_of(self.schedules[0])
 
     def push(self, chunk: Chunk | None) -> Events:
         """Begin a tick in the next lane."""
@@ -71,8 +81,15 @@ class Lanes:
     def first_is_done(self) -> None:
         """The opening chunk has filled all cache rows; every lane goes on from there."""
         self.is_first = False
-        for schedule in self.schedules:
+        for schedule in self.schedules[1:]:
             schedule.is_first = False
+
+
+def forwards_of(schedule: DenoiseSchedule) -> int | None:
+    """Forwards that each chunk takes after the first, None where that varies or chunks look at each other."""
+    if getattr(schedule, "step_lists", None) or getattr(schedule, "cache_per_step", False):
+        return None
+    return getattr(schedule, "forwards_per_chunk", None)
 
 
 class RingDenoiser(Denoiser):
@@ -87,13 +104,10 @@ class RingDenoiser(Denoiser):
         super().__init__(engine, preset, options, tokens_per_frame)
 
     def new_schedule(self) -> Lanes:
-        """One copy of the schedule per rank."""
-        lanes = [super(RingDenoiser, self).new_schedule() for _ in range(self.engine.num_lanes)]
-        if not hasattr(lanes[0], "forwards_per_chunk"):
-            raise ValueError(
-                f"schedule {self.options.schedule!r} cannot run on pipeline stages; use stream_batch or sequential"
-            )
-        return Lanes(lanes)
+        """One copy of the schedule per rank, where that is exact."""
+        first = super().new_schedule()
+        num_lanes = 1 if forwards_of(first) is None else self.engine.num_lanes
+        return Lanes([first, *(super(RingDenoiser, self).new_schedule() for _ in range(num_lanes - 1))])
 
     def _new_cache(self) -> Any:
         o = self.options
@@ -116,11 +130,14 @@ class RingDenoiser(Denoiser):
             self._resume(done)
         tick = Tick(lane, lanes.push(chunk))
         self._go_on(tick, None, done)
-        while self._under_way and (opens or 0 < tick.num_forwards < lanes.forwards_per_chunk):
+        alone = opens or lanes.num_forwards is None
+        while self._under_way and (alone or 0 < tick.num_forwards < lanes.num_forwards):
             self._resume(done)
         if opens:
             lanes.first_is_done()
         lanes.num_in_flight -= len(done)
+        for chunk in done if lanes.num_forwards is None else ():
+            self.engine.decode(self.stream, chunk.latents, chunk.chunk_idx)
         return done
 
     def _is_back(self) -> bool:
@@ -142,7 +159,7 @@ class RingDenoiser(Denoiser):
         """As ``_forward``, without waiting; rows at their last step are decoded on the last rank at once."""
         for row in rows:
             self._enter_row(row)
-        last = self.options.steps - 1
+        last = None if self.schedule.num_forwards is None else self.options.steps - 1
         streams = [self.stream if row.kind == "denoise" and row.step == last else None for row in rows]
         ticket = self.engine.issue([(self.cache, row) for row in rows], streams)
         for row in rows:
@@ -160,10 +177,9 @@ class ParallelSession(StreamSession):
         self.timer = self.pipe.engine.stage.timer
         super()._begin_stream()
 
-    def decode_chunk(self, denoised: DenoisedChunk) -> DecodedChunk:
-        """Frames of a chunk, which the last rank has decoded. Chunks come in order."""
-        frames = self.pipe.engine.frames(self._denoiser.stream)
-        return DecodedChunk(denoised.chunk_idx, frames[: denoised.num_frames])
+    def _decode(self, denoised: DenoisedChunk) -> Tensor:
+        """Pixels that the last rank has decoded, or still will; chunks come in order."""
+        return self.pipe.engine.pixels(self._denoiser.stream)[None]
 
     def close(self) -> None:
         """Free the stream's state on all ranks; later calls raise ``StreamClosedError``."""

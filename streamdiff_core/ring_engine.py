@@ -16,14 +16,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from streamdiff_core.config import CacheConfig, VAEConfig
 from streamdiff_core.engine import batches
 from streamdiff_core.parallel.block_scheduler import BalanceRule, RankTimes, Split, decide
-from streamdiff_core.parallel.links import Links
+from streamdiff_core.parallel.links import Links, Parcel
 from streamdiff_core.parallel.stage import MicroBatch, Stage
 from streamdiff_core.parallel.worker import publish_report
 from streamdiff_core.types import RowOp
@@ -48,8 +47,8 @@ class Ticket:
         self._x0s: list[Tensor | None] = [None] * num_rows
         self._arrivals: queue.Queue = queue.Queue()
 
-    def arrive(self, members: Sequence[int], x0: Any) -> None:
-        """Called when a batch is back: ``x0`` a parcel or tensor [B, F, C, h, w] for these rows."""
+    def arrive(self, members: Sequence[int], x0: Parcel) -> None:
+        """Called when a batch is back: ``x0`` a parcel [B, F, C, h, w] for these rows."""
         self._arrivals.put((members, x0))
 
     @property
@@ -65,9 +64,9 @@ class Ticket:
             self._take(self._engine.links.get(self._arrivals))
         return self._x0s
 
-    def _take(self, arrival: tuple[Sequence[int], Any]) -> None:
+    def _take(self, arrival: tuple[Sequence[int], Parcel]) -> None:
         members, x0 = arrival
-        for i, row in zip(members, x0 if isinstance(x0, Tensor) else x0.open(), strict=True):
+        for i, row in zip(members, x0.open(), strict=True):
             self._x0s[i] = row
         self._missing -= len(members)
 
@@ -131,12 +130,12 @@ class RingEngine:
         self._prompts: OrderedDict[RingPrompt, int] = OrderedDict()
         self._numbers = 0
         self._expected: queue.Queue = queue.Queue()  # what comes back from the last rank, in this order
-        self._expected_frames: queue.Queue = queue.Queue()
-        self._frames: dict[int, queue.Queue] = {}
+        self._expected_pixels: queue.Queue = queue.Queue()
+        self._decoded: dict[int, queue.Queue] = {}
         self._unopened: set[int] = set()
         if links.size > 1:
             links.guard(self._receive_x0s, "x0")
-            links.guard(self._receive_frames, "frames")
+            links.guard(self._receive_pixels, "pixels")
 
     @property
     def size(self) -> int:
@@ -209,30 +208,30 @@ class RingEngine:
             if batch.wants_x0:
                 self._expected.put((ticket, members, batch))
             for _, stream in finished:
-                self._expected_frames.put((stream, self._frames_shape(stream, batch)))
+                self._expected_pixels.put(self._pixels(stream, batch.shape[1:], batch.dtype))
         elif batch.wants_x0:
-            ticket.arrive(members, out)
+            ticket.arrive(members, Parcel(out))
             for i, stream in finished:
-                self._frames[stream].put(self.stage.decode(stream, out[i], batch.chunk_idx))
+                self._decoded[stream].put(Parcel(self.stage.decode(stream, out[i], batch.chunk_idx)))
 
     def _receive_x0s(self) -> None:
         while (expected := self._expected.get()) is not None:
             ticket, members, batch = expected
             ticket.arrive(members, self.links.recv("x0", batch.shape, getattr(torch, batch.dtype), self.size - 1))
 
-    def _receive_frames(self) -> None:
-        while (expected := self._expected_frames.get()) is not None:
-            stream, shape = expected
-            frames = self.links.recv("frames", shape, torch.uint8, self.size - 1).tensor.numpy()
-            if stream in self._frames:  # else its session was closed meanwhile
-                self._frames[stream].put(frames)
+    def _receive_pixels(self) -> None:
+        while (expected := self._expected_pixels.get()) is not None:
+            stream, shape, dtype = expected
+            pixels = self.links.recv("pixels", shape, getattr(torch, dtype), self.size - 1)
+            if stream in self._decoded:  # else its session was closed meanwhile
+                self._decoded[stream].put(pixels)
 
-    def _frames_shape(self, stream: int, batch: MicroBatch) -> tuple[int, ...]:
-        """What the decoder will make of a chunk; the first latent frame of a stream is one pixel frame."""
-        _, f, _, h, w = batch.shape
+    def _pixels(self, stream: int, shape: Sequence[int], dtype: str) -> tuple[int, tuple[int, ...], str]:
+        """What the decoder will make of latents [F, C, h, w]; a stream's first latent frame is one pixel frame."""
+        f, _, h, w = shape
         count = self._vae.temporal_stride * f - (self._vae.temporal_stride - 1 if stream in self._unopened else 0)
         self._unopened.discard(stream)
-        return count, h * self._vae.spatial_stride, w * self._vae.spatial_stride, 3
+        return stream, (count, 3, h * self._vae.spatial_stride, w * self._vae.spatial_stride), dtype
 
     # --- prompts, streams, caches ---------------------------------------------------------------------------------
 
@@ -262,18 +261,29 @@ class RingEngine:
     def open_stream(self) -> int:
         """Decoder memory for a new stream; its number."""
         stream = self._number()
-        self._frames[stream] = queue.Queue()
+        self._decoded[stream] = queue.Queue()
         self._unopened.add(stream)
         self.command("open_decoder", stream=stream)
         return stream
 
-    def frames(self, stream: int) -> np.ndarray:
-        """Decoded frames [T, H, W, 3] of the stream's next chunk."""
-        return self.links.get(self._frames[stream])
+    def decode(self, stream: int, latents: Tensor, chunk_idx: int) -> None:
+        """Have the last rank decode latents [F, C, h, w] that did not leave ``issue`` as a stream's finished row."""
+        latents, dtype = latents.contiguous(), str(latents.dtype).removeprefix("torch.")
+        if self.size == 1:
+            self._decoded[stream].put(Parcel(self.stage.decode(stream, latents, chunk_idx)))
+            return
+        shape = list(latents.shape)
+        self._tell({"do": "decode", "stream": stream, "shape": shape, "dtype": dtype, "chunk_idx": chunk_idx})
+        self.links.send("skip", latents, self.size - 1)
+        self._expected_pixels.put(self._pixels(stream, shape, dtype))
+
+    def pixels(self, stream: int) -> Tensor:
+        """Decoded pixels [T, 3, H, W] of the stream's next chunk; waits for them."""
+        return self.links.get(self._decoded[stream]).open()
 
     def close_stream(self, stream: int, cache: SharedCache) -> None:
         """Free what the ranks hold of a stream."""
-        del self._frames[stream]
+        del self._decoded[stream]
         self.command("close_decoder", stream=stream)
         self.command("drop_cache", number=cache.number)
 
@@ -339,5 +349,5 @@ class RingEngine:
         """Let all ranks finish and stop."""
         self._tell({"do": "stop"})
         self._expected.put(None)
-        self._expected_frames.put(None)
+        self._expected_pixels.put(None)
         self.links.close()

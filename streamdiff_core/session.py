@@ -294,7 +294,7 @@ class StreamSession:
     def decode_chunk(self, denoised: DenoisedChunk) -> DecodedChunk:
         """Latents of one chunk -> uint8 frames [T, height, width, 3], padding removed. Chunks come in order."""
         with self.timer.stage("decode", denoised.chunk_idx):
-            pixels = self.pipe.vae.decode(denoised.latents[None], self._decoder_state)
+            pixels = self._decode(denoised)
             source = self._sources.pop(denoised.chunk_idx, None)
             if source is None:
                 self._steady_state = SteadyState()
@@ -306,6 +306,10 @@ class StreamSession:
         return DecodedChunk(denoised.chunk_idx, frames)
 
     # --- inside ---------------------------------------------------------------------------------------------
+
+    def _decode(self, denoised: DenoisedChunk) -> Tensor:
+        """Pixels [1, T, 3, H, W] of a chunk."""
+        return self.pipe.vae.decode(denoised.latents[None], self._decoder_state)
 
     @property
     def _frames_wanted(self) -> int:

@@ -28,9 +28,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-WIRES = ("control", "tokens", "skip", "x0", "frames", "layers", "layer_info")
+WIRES = ("control", "tokens", "skip", "x0", "pixels", "layers", "layer_info")
 """Independent channels: what waits on one never holds up another."""
-DEVICE_WIRES = ("tokens", "skip", "x0", "layers")
+DEVICE_WIRES = ("tokens", "skip", "x0", "pixels", "layers")
 CONTROL_BYTES = 65_536
 """Fixed size of a JSON message."""
 MAX_UNSENT = 32

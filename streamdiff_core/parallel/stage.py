@@ -26,7 +26,6 @@ from streamdiff_core.attention import PromptContext
 from streamdiff_core.config import CacheConfig
 from streamdiff_core.dit import Block, CausalWanTransformer, Tokens
 from streamdiff_core.flow import x0_from_velocity
-from streamdiff_core.frames import tensor_to_frames
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import make_policy
 from streamdiff_core.parallel.block_scheduler import RankTimes, Split, layer_ranges, moves
@@ -45,8 +44,8 @@ class MicroBatch:
     """Their number type."""
     timesteps: tuple[tuple[float, ...], ...]
     """Per row and latent frame."""
-    sigmas: tuple[float, ...]
-    """Per row."""
+    sigmas: tuple[float | tuple[float, ...], ...]
+    """Per row, or per row and latent frame."""
     caches: tuple[int, ...]
     """Number of each row's cache."""
     cache_rows: tuple[int, ...]
@@ -182,13 +181,14 @@ class Stage:
             return None
         with self.timer.stage("head", batch.chunk_idx):
             velocity = self.transformer.predict(tokens, xt, timestep)
-            x0s = [x0_from_velocity(x, v, sigma) for x, v, sigma in zip(xt, velocity, batch.sigmas, strict=True)]
+            levels = [torch.tensor(s, dtype=torch.float64) if isinstance(s, tuple) else s for s in batch.sigmas]
+            x0s = [x0_from_velocity(x, v, level) for x, v, level in zip(xt, velocity, levels, strict=True)]
             return torch.stack(x0s)
 
-    def decode(self, stream: int, latents: Tensor, chunk_idx: int) -> np.ndarray:
-        """Latents [F, C, h, w] of a stream's next finished chunk -> uint8 frames [T, H, W, 3]."""
+    def decode(self, stream: int, latents: Tensor, chunk_idx: int) -> Tensor:
+        """Latents [F, C, h, w] of a stream's next finished chunk -> pixels [T, 3, H, W] in the latents' number type."""
         with self.timer.stage("decode", chunk_idx):
-            return tensor_to_frames(self.vae.decode(latents[None], self._decoders[stream]))
+            return self.vae.decode(latents[None], self._decoders[stream])[0].to(latents.dtype)
 
     def _grid(self, batch: MicroBatch) -> tuple[int, int]:
         _, ph, pw = self.config.patch_size
@@ -297,10 +297,11 @@ class Stage:
         runs = spent.get("layers", [])
         if not runs:
             return None
-        fixed = sum(statistics.median(spent[s]) * len(spent[s]) for s in FIXED if s in spent) / len(runs)
+        own = FIRST * self.is_first + LAST * self.is_last
+        fixed = sum(statistics.median(spent[s]) * len(spent[s]) for s in own if s in spent) / len(runs)
         layer_ms = statistics.median(runs) / len(self.layers) if self.layers else math.nan
         return RankTimes(layer_ms=layer_ms, fixed_ms=fixed)
 
 
-FIXED = ("border", "encode", "embed", "head", "decode")
+FIRST, LAST = ("border", "encode", "embed"), ("head", "decode")
 """Timed work that stays on its rank whatever the split."""

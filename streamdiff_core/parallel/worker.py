@@ -59,6 +59,8 @@ def _receive(stage: Stage, links: Links, inbox: queue.Queue) -> None:
                 parcels.append(links.recv("skip", batch.shape, getattr(torch, batch.dtype), 0))
         elif command["do"] == "prompt":
             parcels.append(links.recv("tokens", (1, stage.config.text_len, stage.config.dim), stage.dtype, before))
+        elif command["do"] == "decode" and stage.is_last:
+            parcels.append(links.recv("skip", tuple(command["shape"]), getattr(torch, command["dtype"]), 0))
         inbox.put((command, parcels))
         if command["do"] == "stop":
             return
@@ -73,6 +75,9 @@ def carry_out(command: dict[str, Any], tensors: list[torch.Tensor], stage: Stage
         if not stage.is_last:
             links.send("tokens", tensors[0], stage.rank + 1)
         stage.set_prompt(command["slot"], tensors[0])
+    elif command["do"] == "decode":
+        if stage.is_last:
+            links.send("pixels", stage.decode(command["stream"], tensors[0], command["chunk_idx"]), 0)
     elif command["do"] == "move_layers":
         stage.move_layers(tuple(command["split"]), links)
     elif command["do"] == "report":
@@ -89,7 +94,7 @@ def _run(batch: MicroBatch, tensors: list[torch.Tensor], stage: Stage, links: Li
         links.send("x0", out, 0)
         for stream, x0 in zip(batch.streams, out, strict=True):
             if stream is not None:
-                links.send("frames", torch.from_numpy(stage.decode(stream, x0, batch.chunk_idx)), 0)
+                links.send("pixels", stage.decode(stream, x0, batch.chunk_idx), 0)
 
 
 def publish_report(key: str, stage: Stage, links: Links) -> None:

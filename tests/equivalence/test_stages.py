@@ -33,6 +33,7 @@ from streamdiff_core import StreamPipeline
 from streamdiff_core.config import CacheConfig, get_preset
 from streamdiff_core.parallel.block_scheduler import even_split
 from streamdiff_core.pipeline import load_preset
+from streamdiff_core.schedules import SCHEDULES
 
 TOLERANCE = dict(rtol=0, atol=1e-9)
 NUM_LAYERS = 5
@@ -94,6 +95,22 @@ def test_stages_equal_one_process(frames, preset, options):
     for size in (2, 3, 4):
         with ring(size, preset) as pipe:
             assert_close_streams(watch(pipe.start("pencil", **options), frames=frames), one)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_every_schedule_runs_on_stages(frames, name):
+    """Those that cannot overlap take turns; what comes out is the same."""
+    one = watch(random_pipeline(PRESET).start("pencil", steps=2, schedule=name), frames=frames)
+    with ring(2) as pipe:
+        assert_close_streams(watch(pipe.start("pencil", steps=2, schedule=name), frames=frames), one)
+
+
+@pytest.mark.parametrize("knobs", [dict(cache_per_step=True), dict(step_lists=[[900, 600, 300], [800, 400]])], ids=str)
+def test_knobs_of_sequential(frames, knobs):
+    options = dict(steps=2, schedule="sequential", schedule_options=knobs)
+    one = watch(random_pipeline(PRESET).start("pencil", **options), frames=frames)
+    with ring(2) as pipe:
+        assert_close_streams(watch(pipe.start("pencil", **options), frames=frames), one)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -164,7 +181,9 @@ def test_more_prompts_than_the_ranks_remember(frames):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(noise_scale=0.9, seed=4), dict(steps=3), dict(schedule="sequential")], ids=str
+    "changes",
+    [dict(noise_scale=0.9, seed=4), dict(steps=3), dict(schedule="sequential"), dict(schedule="rolling_window")],
+    ids=str,
 )
 def test_new_options_in_mid_stream(frames, changes):
     one = watch(random_pipeline(PRESET).start("pencil", steps=2), frames=frames, **changes)
