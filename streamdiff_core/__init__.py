@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from streamdiff_core.live_engine import LiveEngine, ServerFullError
     from streamdiff_core.live_stream import LiveReply, LiveStream
     from streamdiff_core.pipeline import StreamPipeline
+    from streamdiff_core.recipe import OptionEvent, PromptEvent, Recipe
     from streamdiff_core.session import StreamSession
     from streamdiff_core.stream_options import StreamOptions, StreamStats
     from streamdiff_core.weights import load_checkpoint
@@ -31,6 +32,9 @@ _LAZY = {
     "LiveReply": "live_stream",
     "LiveStream": "live_stream",
     "ServerFullError": "live_engine",
+    "OptionEvent": "recipe",
+    "PromptEvent": "recipe",
+    "Recipe": "recipe",
     "StreamPipeline": "pipeline",
     "StreamSession": "session",
     "StreamOptions": "stream_options",
@@ -47,7 +51,10 @@ __all__ = [
     "LiveReply",
     "LiveStream",
     "ModelConfig",
+    "OptionEvent",
     "Preset",
+    "PromptEvent",
+    "Recipe",
     "ServerFullError",
     "StreamClosedError",
     "StreamOptions",

@@ -8,6 +8,7 @@ and nothing else), progress and errors to stderr. Exit code 0 done, 1 failed, 2 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -57,7 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Restyle one video."""
+    """Restyle one video, as the options or a recipe say."""
+    if args.recipe:
+        return run_recipe(args)
+    if not args.input:
+        raise ValueError("name the INPUT to restyle, such as a video file or the word sample, or give a --recipe")
     if not (args.prompt or "").strip():
         tries = "\n".join(f'  streamdiff run {args.input} --prompt "{text}"' for text in EXAMPLES)
         print(f"streamdiff: say which style you want, for example\n{tries}", file=sys.stderr)
@@ -66,7 +71,7 @@ def run_command(args: argparse.Namespace) -> int:
 
     info = video_io.probe(args.input)
     output = Path(args.output) if args.output else restyle.default_output(args.input, args.prompt)
-    for target in filter(None, (str(args.output or output), args.strip)):
+    for target in filter(None, (str(args.output or output), args.strip, args.save_recipe)):
         check_target(target, args.input, args.overwrite)
     pipe = load(args)
     total = restyle.expected_frames(info, args.fps, args.max_seconds)
@@ -82,6 +87,46 @@ def run_command(args: argparse.Namespace) -> int:
             schedule=args.schedule or ("sequential" if args.clean_pass else None), policy=args.policy,
             clean_pass=args.clean_pass, cache=pipe.with_cache(**cache) if cache else None,
         )  # fmt: skip
+    return report_run(args, result)
+
+
+RECIPE_LEAVES_OPEN = (
+    "input", "recipe", "save_recipe", "output", "overwrite", "strip", "json", "debug", "command", "preset",
+    "device", "dtype", "weights", "vae", "lora", "quantise", "threads",
+)  # fmt: skip
+"""Options of ``run`` that may stand beside ``--recipe``; it sets all others."""
+
+
+def run_recipe(args: argparse.Namespace) -> int:
+    """Make an output again from its recipe."""
+    usual = vars(build_parser().parse_args(["run"]))
+    extra = [n for n, value in vars(args).items() if n not in RECIPE_LEAVES_OPEN and value != usual[n]]
+    if extra:
+        named = ", ".join("--" + name.replace("_", "-") for name in extra)
+        raise ValueError(f"the recipe already sets what {named} would; leave that out, or edit the recipe's JSON")
+    from streamdiff_core import recipe_files, restyle
+
+    recipe = recipe_files.load_recipe(args.recipe)
+    words = restyle.prompt_text(recipe.prompt)
+    with contextlib.nullcontext(args.input) if args.input else recipe_files.recipe_input(recipe, args.recipe) as source:
+        output = args.output or restyle.default_output(recipe.input, words)
+        for target in filter(None, (str(output), args.strip, args.save_recipe)):
+            for kept in (source, args.recipe):
+                check_target(target, kept, args.overwrite)
+        args.preset, args.prompt = recipe.preset, words
+        pipe = load(args)
+        with ProgressBar(recipe.num_frames, enabled=sys.stderr.isatty()) as progress:
+            result = restyle.run_recipe(
+                pipe, recipe, source, output, strip=args.strip, progress=progress,
+                warn=lambda line: print(f"streamdiff: {line}", file=sys.stderr),
+            )  # fmt: skip
+    return report_run(args, result)
+
+
+def report_run(args: argparse.Namespace, result: Any) -> int:
+    """Say what was made; the exit code."""
+    if args.save_recipe and result.output:
+        Path(args.save_recipe).expanduser().write_text(result.recipe.to_json() + "\n", encoding="utf-8")
     if args.json:
         print_json({**result.summary(), "preset": args.preset, "prompt": args.prompt, "options": result.options})
     elif result.output and not result.interrupted:

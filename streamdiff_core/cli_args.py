@@ -74,7 +74,11 @@ RUN_NOTES = (
 
 def _add_run(p: argparse.ArgumentParser) -> None:
     p.set_defaults(command="run")
-    p.add_argument("input", metavar="INPUT", help="video, folder of images, image, or the word sample")
+    p.add_argument("input", metavar="INPUT", nargs="?", help="video, folder of images, image, or the word sample")
+    p.add_argument(
+        "--recipe", metavar="FILE", help="make this again: recipe .json, recording .zip, or a video made here"
+    )
+    p.add_argument("--save-recipe", metavar="JSON", help="also write the recipe (every .mp4 carries it anyway)")
     p.add_argument("-p", "--prompt", help="the style in your own words")
     p.add_argument("--prompt-at", type=parse_prompt_at, action="append", default=[], metavar="SECONDS=PROMPT",
                    help="change the prompt at this time of the clip; may be repeated")  # fmt: skip

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from streamdiff_core.stream_options import Prompt, StreamOptions, check_options
 from streamdiff_core.text import TinyTextEncoder
 from streamdiff_core.types import StreamingVAE, TextEncoder
 from streamdiff_core.vae import TinyVAE
-from streamdiff_core.weights import load_checkpoint
+from streamdiff_core.weights import hash_weights, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +177,11 @@ class StreamPipeline:
             while len(self._prompts) > NUM_CACHED_PROMPTS:
                 self._prompts.popitem(last=False)
         return self._prompts[key]
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """Hash of all weights as loaded (number type, LoRA and quantisation count); computed once, when first asked."""
+        return hash_weights((self.transformer, self.vae, self.text_encoder))
 
     def with_cache(self, **changes: object) -> CacheConfig:
         """The preset's cache configuration with some fields changed."""

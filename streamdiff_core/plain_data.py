@@ -81,6 +81,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         many = args[:1] * len(value) if isinstance(value, tuple) and args[-1] is Ellipsis else args
         return isinstance(value, tuple) and len(value) == len(many) and all(map(_fits, value, many))
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
     if hint in (int, float):
         kind = Integral if hint is int else Real
         return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
@@ -94,6 +96,8 @@ def _describe(hint: Any) -> str:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) is tuple:
         return f"a list of {_describe(get_args(hint)[0]).removeprefix('a ')}s"
+    if get_origin(hint) is Mapping:
+        return f"an object of {_describe(get_args(hint)[1]).removeprefix('a ')}s by name"
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "nothing"}
     return names.get(hint) or f"a {getattr(hint, '__name__', hint)}"
 

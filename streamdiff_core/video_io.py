@@ -42,7 +42,9 @@ def probe(path: str | Path) -> VideoInfo:
     return _probe_images(images) if images else probe_file(source)
 
 
-def read_video(path: str | Path, *, fps: float | None = None, max_seconds: float | None = None) -> Iterator[np.ndarray]:
+def read_video(
+    path: str | Path, *, fps: float | None = None, max_seconds: float | None = None, every_frame: bool = False
+) -> Iterator[np.ndarray]:
     """Yield the frames of a video one by one, uint8 ``[H, W, 3]`` RGB, all of one size.
 
     Args:
@@ -51,6 +53,7 @@ def read_video(path: str | Path, *, fps: float | None = None, max_seconds: float
             frame of a constant-rate file and gives a variable-rate one ``probe(path).fps``. Images have no
             times: all are yielded.
         max_seconds: Stop after this much of the output; at least one frame comes.
+        every_frame: Each stored frame once, whatever its time, also where the rate varies; not with ``fps``.
 
     Raises:
         VideoReadError: As `probe`, and at the call itself, not at the first frame.
@@ -65,7 +68,8 @@ def read_video(path: str | Path, *, fps: float | None = None, max_seconds: float
     if images:
         frames = (_load_image(image) for image in images)
     else:
-        frames = read_file(source, info, info.fps if fps is None and info.is_variable_frame_rate else fps)
+        resamples = info.is_variable_frame_rate and not every_frame
+        frames = read_file(source, info, info.fps if fps is None and resamples else fps)
     if max_seconds is not None:
         frames = islice(frames, max(1, round(max_seconds * (fps or info.fps))))
     return frames

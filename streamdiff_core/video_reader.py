@@ -109,6 +109,18 @@ def read_jpeg(jpeg: bytes) -> np.ndarray:
         raise VideoReadError("not a readable JPEG picture") from error
 
 
+def read_comment(path: Path) -> str | None:
+    """The ``comment`` tag of a media file, None without one.
+
+    Raises:
+        VideoReadError: Not a media file.
+    """
+    container, _ = _open(path)
+    with container:
+        tags = {name.lower(): text for name, text in container.metadata.items()}  # Matroska writes capitals
+    return tags.get("comment")
+
+
 def at_constant_rate(frames: Iterator[av.VideoFrame], source_fps: float, fps: float) -> Iterator[av.VideoFrame]:
     """At each sample time k / fps the newest frame not later; the last one stays for its own duration."""
     start_s, current, time_s, k = None, None, 0.0, 0

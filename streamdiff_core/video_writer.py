@@ -32,6 +32,8 @@ class VideoWriter:
             an empty folder that exists.
         fps: Frames per second.
         crf: Quality of H.264, 0 (best) … 51; 18 is hard to tell from the source. VP9 uses ``crf + 12``.
+        comment: Text for the file's ``comment`` tag (not GIF, not PNG); as an attribute it may be set until
+            ``finish``.
 
     H.264 and VP9 need even sides: an odd picture repeats its last row or column. Colours are tagged BT.709.
 
@@ -39,10 +41,10 @@ class VideoWriter:
         ValueError: Unknown suffix, no such folder, a folder that is not empty, or a rate not above 0.
     """
 
-    def __init__(self, path: str | Path, fps: float, *, crf: int = 18) -> None:
+    def __init__(self, path: str | Path, fps: float, *, crf: int = 18, comment: str | None = None) -> None:
         wants_folder = str(path).endswith(("/", os.sep))
         self.path = Path(path).expanduser()
-        self.num_frames = 0
+        self.num_frames, self.comment = 0, comment
         wants_folder = wants_folder or self.path.is_dir()
         _check_target(self.path, fps, wants_folder)
         suffix = "" if wants_folder else self.path.suffix
@@ -81,6 +83,8 @@ class VideoWriter:
             self._is_finished = True
             try:
                 self._output.close()
+                if self.num_frames and self.comment and isinstance(self._output, _EncodedFile):
+                    _write_comment(self._partial, self.comment)
                 if self.num_frames:
                     if self.path.is_dir():
                         self.path.rmdir()  # empty: checked when opened
@@ -158,8 +162,7 @@ class _EncodedFile:
         options = {"crf": str(self._crf), "preset": "veryfast"}
         if self._codec == "libvpx-vp9":
             options = {"crf": str(min(63, self._crf + 12)), "b": "0", "deadline": "realtime", "cpu-used": "6"}
-        fast_start = {"movflags": "+faststart"} if self._path.suffix.lower() in (".mp4", ".m4v", ".mov") else {}
-        self._container = av.open(f"file:{self._path}", "w", options=fast_start)
+        self._container = av.open(f"file:{self._path}", "w", options=_fast_start(self._path))
         self._stream = self._container.add_stream(self._codec, rate=self._rate, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         context = self._stream.codec_context
@@ -172,6 +175,29 @@ class _EncodedFile:
                 self._container.mux(self._stream.encode(None))
             finally:
                 self._container.close()
+
+
+def _write_comment(path: Path, comment: str) -> None:
+    """Copy the packets into a file with the tag: what it says is often only known at the end."""
+    import av
+
+    tagged = path.with_name(f"{path.stem}.tagged{path.suffix}")
+    try:
+        with av.open(f"file:{path}") as source, av.open(f"file:{tagged}", "w", options=_fast_start(path)) as target:
+            (stream,) = source.streams.video
+            copy = target.add_stream_from_template(stream)
+            target.metadata["comment"] = comment
+            for packet in source.demux(stream):
+                if packet.size:  # the last one is an empty flush
+                    packet.stream = copy
+                    target.mux(packet)
+        os.replace(tagged, path)
+    finally:
+        _remove(tagged)
+
+
+def _fast_start(path: Path) -> dict[str, str]:
+    return {"movflags": "+faststart"} if path.suffix.lower() in (".mp4", ".m4v", ".mov") else {}
 
 
 class _Gif:

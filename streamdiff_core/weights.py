@@ -9,12 +9,14 @@ file. Files are opened in ``weight_files.py``; this file builds no models and ch
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -275,3 +277,14 @@ def _misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str
     }
     lines = [f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds.items() if names]
     return lines if shared else ["no key in common, another kind of model", *lines]
+
+
+def hash_weights(modules: Iterable[Any]) -> str:
+    """sha256 over names, shapes, number types and bits of all weights as held; what is no module is left out."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, x in module.state_dict().items() if isinstance(module, nn.Module) else ():
+            x = x.detach() if type(x) in (Tensor, nn.Parameter) else x.dequantize()  # torchao's own tensor classes
+            digest.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode())
+            digest.update(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

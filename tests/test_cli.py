@@ -148,7 +148,7 @@ def test_ctrl_c_keeps_what_is_done(room: Path, capsys: pytest.CaptureFixture, mo
 @pytest.mark.parametrize(
     "args",
     [
-        [], ["dance"], ["run"], ["run", "sample", "--size", "big"], ["run", "sample", "--schedule", "none"],
+        [], ["dance"], ["run", "sample", "--size", "big"], ["run", "sample", "--schedule", "none"],
         ["run", "sample", "--fps", "0"], ["run", "sample", "--max-seconds", "nan"],
         ["run", "sample", "--prompt-at", "soon=ink"], ["run", "sample", "--prompt-at", "2="], ["bench", "--steps", "a"],
     ],

@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_pipeline import small_pipeline
 
 from streamdiff_core.pipeline import StreamPipeline
+from streamdiff_core.recipe import prompt_events
 from streamdiff_core.restyle import default_output, expected_frames, restyle_frames, restyle_video
 from streamdiff_core.strip import KEPT, StripCollector
 from streamdiff_core.video_io import probe, read_video
@@ -108,7 +109,7 @@ def test_later_prompt_changes_the_picture_only_after_its_time(pipe: StreamPipeli
 
     def run(prompts: list[tuple[float, str]]) -> np.ndarray:
         with pipe.start("pencil", steps=1) as session:
-            pairs = restyle_frames(session, frames, fps=10, prompts=prompts, on_switch="reset")
+            pairs = restyle_frames(session, frames, prompt_events(prompts, 10, "reset"))
             return np.concatenate([after for _, after in pairs])
 
     plain, changed = run([]), run([(1.3, "oil painting")])
