@@ -82,7 +82,7 @@ class Connection:
             while (event := self.stream.next_event() if self.stream else None) is not None:
                 if isinstance(event, LiveReply):
                     event = await self._loop.run_in_executor(self._pool, encode_reply, event)
-                await self._send(event)
+                await self._send(with_links(event))
                 self._engine.wake()  # there is room for the next chunk
 
     def close(self) -> None:
@@ -147,6 +147,10 @@ class Connection:
             stream.finish()
         elif kind == "anchor":
             stream.anchor()
+        elif kind == "recipe":
+            stream.ask_recipe()
+        elif kind == "record":
+            stream.record(message.get("action"), bool(message.get("side_by_side")))
         else:
             raise BadMessageError("bad_setting", f"The server does not know {kind[:40]!r}.", "Reload the page.")
         self._engine.wake()
@@ -155,6 +159,15 @@ class Connection:
         if self.stream is None or self.stream.is_closed:
             raise BadMessageError("not_started", "No stream is running.", "Press Start.")
         return self.stream
+
+
+def with_links(event: Message | bytes) -> Message | bytes:
+    """A finished recording with the addresses of its files in place of their token."""
+    if isinstance(event, dict) and event["type"] == "recording":
+        at = f"download/{event['token']}"
+        files = {"url": f"{at}/recording.zip", "mp4": f"{at}/recording.mp4", "recipe": f"{at}/recipe.json"}
+        return {**files, "type": "recording", "seconds": event["seconds"], "frames": event["frames"]}
+    return event
 
 
 def parse_text(text: str) -> Message:
@@ -211,7 +224,10 @@ def accept_frame(stream: LiveStream, seq: int, jpeg: bytes) -> None:
         pixels = read_jpeg(jpeg)
     except VideoReadError as error:
         raise BadMessageError("bad_frame", "A frame is damaged.", action) from error
-    stream.put(seq, pixels, jpeg)
+    try:
+        stream.put(seq, pixels, jpeg)
+    except ValueError as error:
+        raise BadMessageError("bad_frame", "A frame has another size than those before it.", "Press Start.") from error
 
 
 def encode_reply(reply: LiveReply) -> bytes:

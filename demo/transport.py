@@ -12,7 +12,8 @@ from concurrent.futures import Executor
 from typing import Any
 from urllib.parse import urlsplit
 
-from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from fastapi import APIRouter, HTTPException, WebSocket, WebSocketDisconnect
+from fastapi.responses import FileResponse
 
 from demo.session import Connection, to_json
 from streamdiff_core import LiveEngine
@@ -35,6 +36,13 @@ def live_router(engine: LiveEngine, pool: Executor) -> APIRouter:
             return
         await socket.accept()
         await serve(socket, engine, pool)
+
+    @router.get("/download/{token}/{name}")
+    def download(token: str, name: str) -> FileResponse:
+        path = engine.shelf.find(token, name)
+        if path is None:
+            raise HTTPException(404, "This recording is gone: recordings are kept for ten minutes after their stream.")
+        return FileResponse(path, filename=name, headers={"Cache-Control": "no-store"})
 
     return router
 

@@ -22,6 +22,7 @@ import torch
 
 from streamdiff_core.live_stream import LiveStream, _sentence, error_event
 from streamdiff_core.pipeline import StreamPipeline
+from streamdiff_core.recorder import RecordingShelf
 from streamdiff_core.stream_options import Prompt
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class LiveEngine:
     ) -> None:
         self.max_streams, self.idle_s, self.lifetime_s = max_streams, idle_s, lifetime_s
         self.pipe: StreamPipeline | None = None
+        self.shelf = RecordingShelf(clock=clock)
         self._load = load if callable(load) else lambda: load
         self._clock = clock
         self._changed = threading.Condition()
@@ -83,7 +85,7 @@ class LiveEngine:
         Raises:
             ServerFullError: all places are taken.
         """
-        stream = LiveStream(prompt, options or {}, notify=notify, clock=self._clock)
+        stream = LiveStream(prompt, options or {}, shelf=self.shelf, notify=notify, clock=self._clock)
         with self._changed:
             if len(self._streams) >= self.max_streams or self._is_stopping:
                 count = len(self._streams)
@@ -104,6 +106,8 @@ class LiveEngine:
             if stream in self._streams:
                 self._streams.remove(stream)
             self._idle_told.pop(stream, None)
+            for token in stream.recordings:
+                self.shelf.release(token)
             if stream is not self._serving:
                 stream.free()
 
@@ -115,6 +119,7 @@ class LiveEngine:
         for stream in list(self._streams):
             self.close(stream)
         self._thread.join(timeout=10)
+        self.shelf.close()
 
     @property
     def num_streams(self) -> int:
@@ -250,8 +255,9 @@ class LiveEngine:
 
     def _check_times(self) -> None:
         now = self._clock()
+        self.shelf.sweep()
         for stream in list(self._streams):
-            quiet_since_s = stream.inbox.last_arrival_s if stream.inbox else stream.opened_s
+            quiet_since_s = stream.inbox.last_arrival_s if stream.inbox is not None else stream.opened_s
             if self.lifetime_s is not None and now - stream.opened_s > self.lifetime_s:
                 sentence = f"This stream ended after its {self.lifetime_s / 60:.0f} minutes, so that others get a turn."
                 self._give_up(stream, error_event("timeout", sentence, "Press Start for a new one.", fatal=True))

@@ -44,7 +44,6 @@ class Inbox:
         self._frames: deque[LiveFrame] = deque()
         self._arrivals_s: deque[float] = deque(maxlen=32)
         self._service_s: deque[float] = deque(maxlen=5)
-        self._busy_since_s: float | None = None
         self._due_s = 0.0
         self._num_left = 0
         self._is_behind = False
@@ -66,9 +65,8 @@ class Inbox:
 
     @property
     def service_interval_s(self) -> float:
-        """Time the model takes per frame, waiting for its turn included; a chunk under way counts from its start."""
-        running_s = 0.0 if self._busy_since_s is None else (self._clock() - self._busy_since_s) / self.chunk_frames
-        return max(running_s, median(self._service_s)) if self._service_s else running_s
+        """Time the model lately took per frame, waiting for its turn included; 0 before the first chunk."""
+        return median(self._service_s) if self._service_s else 0.0
 
     def admit(self, seq: int) -> bool:
         """Whether the frame that just came is wanted; asked before it is decoded. A refused one counts as dropped."""
@@ -97,27 +95,24 @@ class Inbox:
             self._drop(seq)
 
     def take(self, num_frames: int) -> list[LiveFrame]:
-        """The oldest frames, at most ``num_frames``; the model is busy with them until ``served``."""
+        """The oldest frames, at most ``num_frames``."""
         with self._lock:
             taken = [self._frames.popleft() for _ in range(min(num_frames, len(self._frames)))]
             self._num_left = len(self._frames)
             if taken:
                 self.newest_gone = max(self.newest_gone, taken[-1].seq)
-                self._busy_since_s = self._clock()
             return taken
 
     def served(self, seconds_per_frame: float) -> None:
         """The model is done with what it took, at this pace."""
         with self._lock:
             self._service_s.append(seconds_per_frame)
-            self._busy_since_s = None
 
     def clear(self) -> None:
         """Drop everything that waits."""
         with self._lock:
             while self._frames:
                 self._drop(self._frames.popleft().seq)
-            self._busy_since_s = None
 
     def _drop(self, seq: int) -> None:
         self.num_dropped += 1

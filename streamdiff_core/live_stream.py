@@ -8,6 +8,7 @@ knows about sockets.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import deque
@@ -19,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamdiff_core.config import CacheConfig
+from streamdiff_core.drift import DriftMeter
 from streamdiff_core.frames import resize_and_crop
 from streamdiff_core.live_inbox import Inbox, LiveFrame
 from streamdiff_core.live_meter import LiveMeter
+from streamdiff_core.recipe import Recipe
+from streamdiff_core.recorder import Recorder, RecordingShelf
 from streamdiff_core.stream_options import Prompt, StreamOptions
 
 if TYPE_CHECKING:
@@ -67,6 +71,7 @@ class _InFlight:
     chunk: int
     prompt_id: int
     arrived_s: float
+    pixels: np.ndarray
 
 
 def error_event(code: str, sentence: str, action: str, *, fatal: bool = False) -> dict[str, Any]:
@@ -82,6 +87,7 @@ class LiveStream:
         prompt: Prompt,
         options: Mapping[str, Any],
         *,
+        shelf: RecordingShelf | None = None,
         notify: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -93,7 +99,9 @@ class LiveStream:
         self.last_turn_s = 0.0
         self.inbox: Inbox | None = None
         self.opened_s = clock()
-        self._asked, self._notify, self._clock = dict(options), notify, clock
+        self.recordings: list[str] = []
+        self._asked, self._notify, self._clock, self._shelf = dict(options), notify, clock, shelf
+        self._recorder: Recorder | None = None
         self._meter = LiveMeter(clock=clock)
         self._lock = threading.Lock()
         self._wishes: deque[tuple[Callable[..., None], tuple[Any, ...], float]] = deque()
@@ -102,6 +110,7 @@ class LiveStream:
         self._in_flight: deque[_InFlight] = deque()
         self._news_at: dict[int, list[tuple[dict[str, Any], float]]] = {}
         self._prompt_id = 0
+        self._frame_shape: tuple[int, ...] | None = None
         self._is_fresh, self._is_finishing = True, False
         self._filled_s: float | None = None
         self._done_s = self._stats_s = 0.0
@@ -113,8 +122,15 @@ class LiveStream:
         return self.inbox is not None and not self.is_closed and self.inbox.admit(seq)
 
     def put(self, seq: int, pixels: np.ndarray, jpeg: bytes = b"") -> bool:
-        """An admitted frame, uint8 [H, W, 3]; False when an older one had to go for it."""
+        """An admitted frame, uint8 [H, W, 3]; False when an older one had to go for it.
+
+        Raises:
+            ValueError: another size than the frames before.
+        """
         o = self.options
+        if pixels.shape != (self._frame_shape or pixels.shape):
+            raise ValueError("a frame has another size than those before it")
+        self._frame_shape = pixels.shape
         small = resize_and_crop(pixels[None], o.width, o.height)[0]
         kept_all = self.inbox.put(LiveFrame(seq, small, jpeg, self._clock()))
         if self._filled_s is None and len(self.inbox) >= self.frames_wanted:
@@ -136,6 +152,14 @@ class LiveStream:
     def anchor(self) -> None:
         """Forget the past before the next chunk and measure drift from there on."""
         self._wish(self._anchor)
+
+    def record(self, action: str, side_by_side: bool = False) -> None:
+        """``start``: from a fresh stream state on; ``stop``: the next ``recording`` event says where it is."""
+        self._wish(self._record, action, side_by_side)
+
+    def ask_recipe(self) -> None:
+        """A ``recipe`` event with the settings of now."""
+        self._wish(self._tell_recipe)
 
     def next_event(self) -> Event | None:
         """The oldest thing to send, None if there is none."""
@@ -172,7 +196,7 @@ class LiveStream:
     def nbytes(self) -> int:
         """Bytes held: stream state and waiting frames."""
         session, inbox = self.session, self.inbox
-        return (session.nbytes if session else 0) + (inbox.nbytes if inbox else 0)
+        return (0 if session is None else session.nbytes) + (0 if inbox is None else inbox.nbytes)
 
     # --- the model's side ----------------------------------------------------------------------------------------
 
@@ -199,13 +223,16 @@ class LiveStream:
         options = {f.name: getattr(self.options, f.name) for f in fields(self.options)} | changes
         self.free()
         self.session = pipe.start(self.prompt, **options)
+        self._drift.anchor()
         self.options = self.session.options
         self._in_flight.clear()
         self._is_fresh = True
         self.emit({"type": "ack", "seq": self.ack})
 
     def free(self) -> None:
-        """Let go of the session and of its memory."""
+        """Let go of the session and of its memory; a recording ends with what came out."""
+        if self._recorder is not None:
+            self._end_recording()
         if self.session is not None:
             self.session.close()
             self.session = None
@@ -233,11 +260,11 @@ class LiveStream:
                 "window_frames": cache.window_frames, "noise_scale": s.noise_scale,
             },
             "history": self._meter.take_history(),
-            "drift": None,
+            "drift": self._drift_figures(),
             "nbytes": self.nbytes,
             "frames_in": self.inbox.num_received,
             "frames_out": self._meter.num_out,
-            "recording": None,
+            "recording": {"seconds": r.seconds, "bytes": r.nbytes} if (r := self._recorder) else None,
             "waiting": None,
         }  # fmt: skip
 
@@ -255,6 +282,7 @@ class LiveStream:
         chunk_frames = preset.vae.temporal_stride * session.options.latent_frames_per_chunk
         self.inbox = Inbox(chunk_frames, clock=self._clock)
         self.options, self.session = session.options, session
+        self._drift = DriftMeter(fps=preset.fps)
         self.emit(
             {
                 "type": "ready",
@@ -283,6 +311,8 @@ class LiveStream:
         self._meter.point(self.num_chunks - 1, self.session.motion, self.session.noise_scale)
         self._deliver(out)
         self.num_failures = 0
+        if self._recorder is not None and self._recorder.is_full:
+            self._record("stop", False, now)
         if now - self._stats_s >= STATS_EVERY_S:
             self._stats_s = now
             self.emit(self.stats())
@@ -301,9 +331,11 @@ class LiveStream:
 
     def _take(self, num_frames: int) -> list[LiveFrame]:
         frames = self.inbox.take(num_frames)
-        self._in_flight += [_InFlight(f.seq, self.num_chunks, self._prompt_id, f.arrived_s) for f in frames]
+        self._in_flight += [_InFlight(f.seq, self.num_chunks, self._prompt_id, f.arrived_s, f.pixels) for f in frames]
         self.num_chunks += bool(frames)
         self._is_fresh &= not frames
+        if self._recorder is not None and frames:
+            self._recorder.add_input(frames)
         self.emit({"type": "ack", "seq": self.ack})
         return frames
 
@@ -313,6 +345,10 @@ class LiveStream:
         made = [(self._in_flight.popleft(), pixels) for pixels in out]
         for chunk, group in groupby(made, key=lambda pair: pair[0].chunk):
             pairs = list(group)
+            before, after = np.stack([f.pixels for f, _ in pairs]), np.stack([pixels for _, pixels in pairs])
+            self._drift.update(before, after)
+            if self._recorder is not None:
+                self._recorder.add_output(before, after)
             self._meter.output([f.arrived_s for f, _ in pairs])
             frames = [(f.seq, pixels) for f, pixels in pairs]
             prompt_id = pairs[0][0].prompt_id
@@ -331,6 +367,8 @@ class LiveStream:
     def _change_options(self, changes: dict[str, Any], asked_s: float) -> None:
         self.session.set_options(**changes)
         self.options = self.session.options
+        if self._recorder is not None:
+            self._recorder.add_options(changes)
         note = ", ".join(f"{name} {value}" for name, value in changes.items())
         self._announce({"type": "applied", "what": "options", "prompt_id": self._prompt_id, "note": note}, asked_s)
 
@@ -338,14 +376,58 @@ class LiveStream:
         self.session.set_prompt(prompt, on_switch)
         self.prompt = prompt
         self._prompt_id += 1
+        if self._recorder is not None:
+            self._recorder.add_prompt(prompt, on_switch)
         self._announce({"type": "applied", "what": "prompt", "prompt_id": self._prompt_id, "note": on_switch}, asked_s)
 
     def _anchor(self, asked_s: float) -> None:
         self.session.set_prompt(self.prompt, "reset")
+        self._drift.anchor()
+        if self._recorder is not None:
+            self._recorder.add_prompt(self.prompt, "reset")
         self._announce({"type": "applied", "what": "prompt", "prompt_id": self._prompt_id, "note": "anchor"}, asked_s)
 
     def _finish(self, asked_s: float) -> None:
         self._is_finishing = True
+
+    def _record(self, action: str, side_by_side: bool, asked_s: float) -> None:
+        if action not in ("start", "stop") or self._shelf is None:
+            raise ValueError("this server does not record" if self._shelf is None else "record takes start or stop")
+        if (action == "start") == (self._recorder is not None):
+            raise ValueError(f"recording {'runs already' if action == 'start' else 'does not run'}")
+        self._deliver(self.session.flush())
+        if action == "stop":
+            self._end_recording()
+        pipe = self.session.pipe
+        self.restart(pipe)
+        if action == "start":
+            rate = self._meter.summary(self.lag_budget_ms)["fps_out"] or self._fps
+            rate = max(1, round(rate))
+            folder = self._shelf.new_folder()
+            self.recordings.append(folder.name)
+            self._recorder = Recorder(folder, pipe, self.prompt, self.options, fps=rate, with_input=side_by_side)
+
+    def _end_recording(self) -> None:
+        recorder, self._recorder = self._recorder, None
+        recorder.finish(self._tell_recording)
+
+    def _tell_recording(self, result: dict[str, Any] | None) -> None:
+        if result is None:
+            self.emit(error_event("bad_setting", "Nothing was recorded.", "Record for a second or more."))
+        else:
+            self.emit({"type": "recording", **result})
+
+    def _tell_recipe(self, asked_s: float) -> None:
+        pipe = self.session.pipe
+        recipe = Recipe(
+            preset=pipe.preset.name, model_sha256=pipe.model_sha256, input="live", input_sha256="", resampled=False,
+            fps=self._fps, num_frames=max(1, self._meter.num_out), prompt=self.prompt, options=self.options,
+        )  # fmt: skip
+        self.emit({"type": "recipe", "recipe": json.loads(recipe.to_json())})
+
+    def _drift_figures(self) -> dict[str, Any]:
+        drift = self._drift.drift
+        return {"level": drift.level, **asdict(drift)}
 
     def _announce(self, news: dict[str, Any], asked_s: float) -> None:
         """Say so when the first chunk with the change comes out."""

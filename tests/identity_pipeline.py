@@ -119,6 +119,8 @@ class IdentityPipeline:
         on_chunk: called with the session before each chunk; may raise.
     """
 
+    model_sha256 = "0" * 64
+
     def __init__(
         self,
         seconds_per_frame: float = 0.0,

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import struct
 import threading
 import time
+import zipfile
 
 import cv2
 import httpx
 import numpy as np
 import pytest
 from identity_pipeline import IdentityPipeline, prompt_level
-from random_pipeline import SIDE, moving_frames
+from random_pipeline import RANDOM_PRESET, SIDE, moving_frames
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from demo.app import create_app, listen, make_server
+from streamdiff_core.config import PRESETS
 
 
 def jpeg(pixels):
@@ -157,6 +160,40 @@ def test_a_sample_clip_and_the_page_come_from_here(server):
     assert server.get("/sample.mp4").headers["content-type"] == "video/mp4"
     page = server.get("/").text
     assert "streamdiff" in page
+
+
+def test_a_recording_is_downloaded_with_its_token_only(server, monkeypatch):
+    monkeypatch.setitem(PRESETS, "random", RANDOM_PRESET)
+    with server.opened(steps=1) as page:
+        page.say("record", action="start", side_by_side=True)
+        page.show(5)
+        page.wait_for_frames(5)
+        page.say("record", action="stop")
+        event = page.wait_for("recording")
+        assert event["frames"] == 5 and event["seconds"] >= 0
+        bundle = server.get("/" + event["url"])
+        with zipfile.ZipFile(io.BytesIO(bundle.content)) as packed:
+            assert sorted(packed.namelist()) == ["input.mkv", "recipe.json", "recording.mp4"]
+            assert JPEGS[0] in packed.read("input.mkv")
+        assert server.get("/" + event["mp4"]).content[4:8] == b"ftyp"
+        assert server.get("/" + event["recipe"]).json()["prompt"] == "ink"
+        token = event["url"].split("/")[1]
+        for path in (
+            f"/download/{token}/input.mkv",
+            f"/download/{token[:-1]}x/recording.zip",
+            "/download/../recipe.json",
+        ):
+            assert server.get(path).status_code == 404
+
+
+def test_recipe_and_anchor(server, monkeypatch):
+    monkeypatch.setitem(PRESETS, "random", RANDOM_PRESET)
+    with server.opened(prompt="ink", steps=1) as page:
+        page.say("recipe")
+        assert page.wait_for("recipe")["recipe"]["prompt"] == "ink"
+        page.say("anchor")
+        page.show(5)
+        assert page.wait_for("applied")["note"] == "anchor"
 
 
 @pytest.mark.parametrize(

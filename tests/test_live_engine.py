@@ -1,0 +1,273 @@
+"""Many viewers on one model: turns, isolation, and every failure told to whom it concerns while the rest goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from identity_pipeline import IdentityPipeline
+from random_pipeline import moving_frames, random_pipeline, stream
+
+from streamdiff_core.live_engine import LiveEngine, ServerFullError, is_out_of_memory
+from streamdiff_core.live_stream import LiveReply
+
+FRAMES = moving_frames(61)
+
+
+class Viewer:
+    """A connection that keeps everything it gets."""
+
+    def __init__(self, engine, prompt="ink", frames=FRAMES, **options):
+        self.frames, self.num_sent = frames, 0
+        self.replies, self.messages = [], []
+        self.engine = engine
+        self._news = threading.Event()
+        self.stream = engine.open(prompt, options, self._news.set)
+
+    def until(self, condition, seconds=20.0):
+        """Read until ``condition()``."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, (
+                f"waited {seconds} s; got {self.messages[-3:]}, {len(self.pictures)} pictures"
+            )
+            self._news.wait(0.05)
+            self._news.clear()
+            while (event := self.stream.next_event()) is not None:
+                (self.replies if isinstance(event, LiveReply) else self.messages).append(event)
+                self.engine.wake()
+        return self
+
+    def of_type(self, kind):
+        return [m for m in self.messages if m["type"] == kind]
+
+    def began(self):
+        return self.until(lambda: self.of_type("ready"))
+
+    def show(self, count):
+        """The next frames, no faster than the model takes them, so that none is dropped."""
+        for _ in range(count):
+            self.until(lambda: len(self.stream.inbox) < 4 or not self.stream.is_ready)
+            assert self.stream.admit(self.num_sent)
+            self.stream.put(self.num_sent, self.frames[self.num_sent % len(self.frames)])
+            self.num_sent += 1
+            self.engine.wake()
+        return self
+
+    @property
+    def pictures(self):
+        return [pair for reply in self.replies for pair in reply.frames]
+
+    @property
+    def video(self):
+        return np.stack([pixels for _, pixels in self.pictures])
+
+
+@pytest.fixture
+def engine(request):
+    made = []
+
+    def make(pipe=None, **options):
+        made.append(LiveEngine(pipe or IdentityPipeline(), **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.shutdown()
+        assert not one._thread.is_alive()
+
+
+def test_two_streams_at_once_equal_each_alone_bit_for_bit(engine):
+    """Different pictures, prompts, seeds and steps, interleaved chunk by chunk on one model."""
+    pipe = random_pipeline()
+    settings = [("ink", dict(seed=1, steps=2)), ("oil paint", dict(seed=2, steps=3, noise_scale=0.4))]
+    clips = [moving_frames(33, seed=i) for i in range(2)]
+    running = engine(pipe)
+    viewers = [
+        Viewer(running, prompt, clip, **options).began()
+        for (prompt, options), clip in zip(settings, clips, strict=True)
+    ]
+    for _ in range(11):
+        for viewer in viewers:
+            viewer.show(3)
+    for viewer in viewers:
+        viewer.stream.finish()
+        running.wake()
+        viewer.until(lambda v=viewer: v.of_type("finished"))
+    for viewer, (prompt, options), clip in zip(viewers, settings, clips, strict=True):
+        assert [seq for seq, _ in viewer.pictures] == list(range(33))
+        assert np.array_equal(viewer.video, stream(pipe.start(prompt, **options), clip))
+
+
+def test_turns_are_fair(engine):
+    """Three streams that always have work get a chunk each in turn; a model in one thread."""
+    order = []
+    pipe = IdentityPipeline(0.002, on_chunk=lambda session: order.append(session.prompt))
+    running = engine(pipe)
+    viewers = [Viewer(running, name, steps=1).began() for name in "abc"]
+    order.clear()
+    gate = threading.Lock()
+    pipe.on_chunk = lambda session: (order.append(session.prompt), gate.acquire(), gate.release())
+    with gate:  # nothing moves until all three wait
+        for viewer in viewers:
+            for seq in range(8):
+                assert viewer.stream.admit(seq)
+                viewer.stream.put(seq, FRAMES[seq])
+        running.wake()
+    for viewer in viewers:
+        viewer.until(lambda v=viewer: len(v.pictures) >= 5)
+    for viewer in viewers:
+        for seq in range(8, 13):
+            viewer.stream.put(seq, FRAMES[seq])
+    running.wake()
+    for viewer in viewers:
+        viewer.until(lambda v=viewer: len(v.pictures) >= 13)
+    assert sorted(order[:3]) == ["a", "b", "c"] and len(order) == 9
+    assert all(order.count(name) == 3 for name in "abc")
+    assert pipe.threads == {"streamdiff-model"}
+
+
+def test_a_slow_viewer_holds_only_itself_back(engine):
+    """Who does not read gets no third chunk, and its frames are dropped, not piled up; the other one runs on."""
+    running = engine()
+    asleep, awake = Viewer(running, steps=1).began(), Viewer(running, steps=1).began()
+    for seq in range(200):
+        if asleep.stream.admit(seq):
+            asleep.stream.put(seq, FRAMES[seq % 61])
+        awake.show(1)
+    awake.until(lambda: len(awake.pictures) >= 197)
+    assert asleep.stream.num_chunks == 2 and len(asleep.stream.inbox) <= 8
+    assert asleep.stream.inbox.num_dropped >= 180 and asleep.stream.ack >= 190
+    asleep.until(lambda: len(asleep.replies) >= 3)
+
+
+def test_an_exception_stays_with_its_stream(engine):
+    def fail(session):
+        if session.prompt == "bad" and pipe.num_failures:
+            pipe.num_failures -= 1
+            raise ZeroDivisionError("secret path /root")
+
+    pipe = IdentityPipeline(on_chunk=fail)
+    pipe.num_failures = 0
+    running = engine(pipe)
+    bad, good = (Viewer(running, prompt, steps=1).began() for prompt in ("bad", "good"))
+    bad.show(5).until(lambda: len(bad.pictures) == 5)
+    pipe.num_failures = 1
+    bad.show(4).until(lambda: bad.of_type("error"))
+    (error,) = bad.of_type("error")
+    assert (error["code"], error["fatal"]) == ("worker_crash", False) and "secret" not in str(error)
+    assert bad.of_type("ack")[-1]["seq"] == 8, "the lost frames are acknowledged"
+    bad.show(5).until(lambda: len(bad.pictures) == 10)
+    good.show(9).until(lambda: len(good.pictures) == 9)
+    assert not good.of_type("error") and running.num_streams == pipe.num_open == 2
+
+
+def test_a_stream_that_always_fails_is_given_up(engine):
+    def fail(session):
+        if session.prompt == "bad":
+            raise ZeroDivisionError
+
+    pipe = IdentityPipeline(on_chunk=fail)
+    running = engine(pipe)
+    bad = Viewer(running, "bad", steps=1).began()
+    bad.until(lambda: bad.of_type("error") and bad.messages[-1].get("fatal") or not bad.show(1))
+    assert len(bad.of_type("error")) == 6 and running.num_streams == pipe.num_open == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_out_of_memory_makes_the_stream_smaller_once_and_ends_it_then(engine, error):
+    def fail(session):
+        if session.prompt == "big" and session.options.steps >= pipe.most_steps:
+            raise error
+
+    pipe = IdentityPipeline(on_chunk=fail)
+    pipe.most_steps = 2
+    running = engine(pipe)
+    viewer = Viewer(running, "big", steps=3, window_frames=5).began()
+    viewer.show(5).until(lambda: viewer.of_type("error"))
+    (told,) = viewer.of_type("error")
+    assert (told["code"], told["fatal"]) == ("out_of_memory", False) and "1 step" in told["sentence"]
+    options = viewer.stream.options
+    assert (options.steps, options.cache.window_frames, options.cache.sink_frames) == (1, 1, 1)
+    viewer.show(5).until(lambda: len(viewer.pictures) == 5)
+    pipe.most_steps = 1
+    viewer.show(4).until(lambda: len(viewer.of_type("error")) == 2)
+    assert viewer.of_type("error")[1]["fatal"] and running.num_streams == pipe.num_open == 0
+
+
+def test_out_of_memory_is_recognised():
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(RuntimeError("DefaultCPUAllocator: Out of memory"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch")) and not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_a_broken_worker_is_started_again_and_every_stream_is_told_once(engine):
+    def fail(session):
+        if pipe.is_breaking:
+            pipe.is_breaking = False
+            raise SystemExit("not an Exception: leaves the thread's loop")
+
+    pipe = IdentityPipeline(on_chunk=fail)
+    pipe.is_breaking = False
+    running = engine(pipe)
+    viewers = [Viewer(running, steps=1).began() for _ in range(2)]
+    pipe.is_breaking = True
+    viewers[0].show(5)
+    for viewer in viewers:
+        viewer.until(lambda v=viewer: v.of_type("error"))
+        viewer.show(5).until(lambda v=viewer: len(v.pictures) >= 5)
+        (error,) = viewer.of_type("error")
+        assert (error["code"], error["fatal"]) == ("worker_crash", False) and "started again" in error["sentence"]
+    assert pipe.num_open == 2
+
+
+def test_closing_frees_at_once_even_in_the_middle_of_a_chunk(engine):
+    inside, gate = threading.Event(), threading.Event()
+
+    def wait(session):
+        if session.prompt == "slow":
+            inside.set()
+            assert gate.wait(10)
+
+    pipe = IdentityPipeline(on_chunk=wait)
+    running = engine(pipe, max_streams=2)
+    slow, quick = Viewer(running, "slow").began(), Viewer(running, "quick").began()
+    with pytest.raises(ServerFullError, match="all 2 places"):
+        running.open("third")
+    slow.show(5)
+    assert inside.wait(10) and running.nbytes > 0
+    start_s = time.monotonic()
+    running.close(slow.stream)
+    running.close(quick.stream)
+    assert time.monotonic() - start_s < 1 and running.num_streams == 0 and running.nbytes == 0
+    assert pipe.num_open == 1, "the one in the model"
+    gate.set()
+    end_s = time.monotonic() + 5
+    while pipe.num_open and time.monotonic() < end_s:
+        time.sleep(0.01)
+    assert pipe.num_open == 0
+    Viewer(running, "third").began()
+
+
+def test_quiet_and_old_streams_are_told(engine):
+    class Clock:
+        now_s = 0.0
+
+        def __call__(self):
+            return self.now_s
+
+    clock = Clock()
+    running = engine(idle_s=60, lifetime_s=300, clock=clock)
+    viewer = Viewer(running, steps=1).began()
+    clock.now_s = 61
+    viewer.until(lambda: viewer.of_type("error"))
+    assert (viewer.messages[-1]["code"], viewer.messages[-1]["fatal"]) == ("timeout", False)
+    viewer.show(5).until(lambda: len(viewer.pictures) == 5)
+    clock.now_s = 130
+    viewer.until(lambda: len(viewer.of_type("error")) == 2)
+    time.sleep(0.7)
+    clock.now_s = 301
+    viewer.until(lambda: len(viewer.of_type("error")) == 3)
+    last = viewer.of_type("error")[-1]
+    assert last["fatal"] and "5 minutes" in last["sentence"] and running.num_streams == 0
