@@ -30,8 +30,10 @@ from fastapi.responses import FileResponse  # noqa: E402
 from fastapi.staticfiles import StaticFiles  # noqa: E402
 
 from demo.transport import MAX_MESSAGE_BYTES, live_router  # noqa: E402
+from demo.ui import Choices, build_ui, page_settings  # noqa: E402
 from streamdiff_core import LiveEngine, Preset, StreamPipeline, get_preset  # noqa: E402
 from streamdiff_core.kv_policies import POLICIES  # noqa: E402
+from streamdiff_core.mechanisms import list_mechanisms  # noqa: E402
 from streamdiff_core.schedules import SCHEDULES  # noqa: E402
 from streamdiff_core.video_io import sample_clip_path  # noqa: E402
 
@@ -77,7 +79,7 @@ def create_app(
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.engine = engine
     app.include_router(live_router(engine, pool))
-    app.mount("/static", StaticFiles(directory=FOLDER / "static"))
+    app.mount("/page", StaticFiles(directory=FOLDER / "static"))
 
     @app.get("/sample.mp4")
     def sample() -> FileResponse:
@@ -89,14 +91,6 @@ def create_app(
 
 def build_page(preset: Preset) -> tuple[gr.Blocks, dict[str, Any]]:
     """The page for a preset, and what else ``mount_gradio_app`` should know (theme, head, …)."""
-    try:
-        from demo.ui import Choices, build_ui, page_settings
-    except ModuleNotFoundError as error:
-        if error.name != "demo.ui":
-            raise
-        with gr.Blocks(title="streamdiff") as blocks:
-            gr.Markdown("# streamdiff\nThe server runs; its page is not there yet.")
-        return blocks, {}
     choices = Choices(
         noise_scale=preset.noise_scale,
         steps=preset.schedule.default_steps,
@@ -105,6 +99,7 @@ def build_page(preset: Preset) -> tuple[gr.Blocks, dict[str, Any]]:
         window_frames=preset.cache.window_frames,
         schedules=tuple(sorted(SCHEDULES, key=lambda name: name != preset.schedule.kind)),
         policies=tuple(POLICIES),
+        titles={mechanism.name: mechanism.title for mechanism in list_mechanisms()},
     )
     return build_ui(choices), page_settings()
 

@@ -171,3 +171,24 @@ def test_import_loads_no_model_code() -> None:
     script = "import demo.ui, sys\nprint([m for m in ('torch', 'av', 'streamdiff_core') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=STATIC.parent.parent)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_the_server_offers_what_the_page_asks_for() -> None:
+    from fastapi.testclient import TestClient
+
+    from demo.app import create_app
+
+    def no_model() -> None:
+        raise ValueError("this test needs none")
+
+    app = create_app(no_model)
+    try:
+        client = TestClient(app)
+        page = client.get("/").text
+        asked = set(re.findall(r"(?:src|href)=\\?[\"'](page/[\w./-]+)", page)) | {"sample.mp4"}
+        assert {"page/stream.js", "page/style.css", "page/icon.svg", "page/gallery/comic.webp"} <= asked
+        asked |= {f"page/{path.name}" for path in SCRIPTS}
+        asked |= {"static/js/iframeResizer.contentWindow.min.js"}  # Gradio's own, needed inside the frame of a Space
+        assert {address for address in asked if client.get(f"/{address}").status_code != 200} == set()
+    finally:
+        app.state.engine.shutdown()
