@@ -101,8 +101,8 @@ def restyle_frames(
 
     Args:
         frames: uint8 [H, W, 3] each.
-        events: what changes on the way, in order; each takes effect with the first chunk that begins with its frame or
-            a later one.
+        events: what changes on the way, in order; each comes before its frame is pushed and so holds from that
+            frame's chunk on.
 
     Yields:
         (before, after), uint8 [T, height, width, 3] each, T >= 1; as many frames in all as came in.

@@ -14,6 +14,7 @@ import streamdiff_core
 from streamdiff_core.config import CacheConfig, get_preset
 from streamdiff_core.recipe import OptionEvent, PromptEvent, Recipe, prompt_events
 from streamdiff_core.stream_options import StreamOptions
+from streamdiff_core.weights import hash_weights
 
 RECIPE = Recipe(
     preset="tiny",
@@ -143,6 +144,10 @@ def test_model_hash_is_that_of_the_numbers() -> None:
     small = small_pipeline()
     small.transformer.to(torch.bfloat16)
     assert small.model_sha256 != pipe.model_sha256
+    zeros = [torch.nn.Module(), torch.nn.Module()]
+    for module, dtype in zip(zeros, (torch.int32, torch.float32), strict=True):
+        module.register_buffer("x", torch.zeros(2, dtype=dtype))
+    assert hash_weights(zeros[:1]) != hash_weights(zeros[1:])
     weight = next(pipe.transformer.parameters())
     weight.data.view(-1)[0] += 1  # computed once: no second pass over gigabytes
     assert pipe.model_sha256 == same.model_sha256

@@ -100,6 +100,10 @@ def test_where_the_input_is_looked_for(pipe, tmp_path: Path, monkeypatch: pytest
     shutil.move(clip, tmp_path / "here" / "clip.mp4")
     with recipe_input(recipe, tmp_path / "r.json") as found:
         assert Path(found).samefile(tmp_path / "here" / "clip.mp4")
+    shutil.copy(tmp_path / "o.mp4", tmp_path / "clip.mp4")  # an output with its input's name is not its input
+    with recipe_input(recipe, tmp_path / "clip.mp4") as found:
+        assert Path(found).samefile(tmp_path / "here" / "clip.mp4")
+    (tmp_path / "clip.mp4").unlink()
     (tmp_path / "here" / "clip.mp4").unlink()
     with pytest.raises(VideoReadError, match="clip.mp4, the input of r.json, is neither beside it nor here"):
         with recipe_input(recipe, tmp_path / "r.json"):
@@ -204,8 +208,8 @@ def recording(pipe, folder: Path) -> tuple[Path, np.ndarray]:
     events = (
         PromptEvent(frame=7, prompt={"oil paint": 1.0, "ink": 0.5}, on_switch="recache"),
         OptionEvent(frame=11, options={"noise_scale": 0.8, "seed": 3}),
-        OptionEvent(frame=18, options={"steps": 1, "window_frames": 5}),
-        PromptEvent(frame=18, prompt="charcoal", on_switch="flush"),
+        OptionEvent(frame=20, options={"steps": 1, "window_frames": 5}),
+        PromptEvent(frame=20, prompt="charcoal", on_switch="flush"),  # 20 is the last frame of its chunk
     )
     session, out, start = pipe.start("pencil", seed=4, steps=3), [], 0
     recipe = Recipe(
@@ -213,7 +217,7 @@ def recording(pipe, folder: Path) -> tuple[Path, np.ndarray]:
         resampled=False, fps=16.0, num_frames=31, prompt="pencil", options=session.options, events=events,
     )  # fmt: skip
     to_come = list(events)
-    for stop in (1, 2, 7, 11, 14, 18, 19, 27, 31):
+    for stop in (1, 2, 7, 11, 14, 18, 20, 27, 31):
         while to_come and to_come[0].frame <= start:
             event = to_come.pop(0)
             if isinstance(event, PromptEvent):
