@@ -11,7 +11,7 @@ from typing import Any
 
 from streamdiff_core import __version__
 
-SWITCHES = ("keep", "recache", "flush", "reset", "cut")
+SWITCHES = ("keep", "recache", "flush", "reset", "cut", "fade")
 POLICIES, SCHEDULES = (
     tuple(sorted(p.stem for p in (Path(__file__).parent / folder).glob("[a-z]*.py") if mark in p.read_text("utf-8")))
     for folder, mark in (("kv_policies", "@policy("), ("schedules", "@schedule("))

@@ -28,9 +28,13 @@ from typing import Any
 
 from streamdiff_core.inputs import INPUTS
 from streamdiff_core.kv_policies import POLICIES
+from streamdiff_core.prompt_fade import PromptFade
 from streamdiff_core.schedules import SCHEDULES
 
 SECTIONS = ("Paper", "Training-free", "Cost", "Look for", "Deviates")
+
+SWITCH_RULES = {"fade": PromptFade}
+"""What ``set_prompt(…, on_switch=…)`` can do beyond the KV policy."""
 
 WAITING = {
     "hybrid_forcing": (
@@ -80,7 +84,7 @@ class Mechanism:
     name: str
     """Name in the registry."""
     kind: str
-    """``policy``, ``schedule`` or ``input``."""
+    """``policy``, ``schedule``, ``input`` or ``switch``."""
     title: str
     """One sentence."""
     paper: str
@@ -101,7 +105,7 @@ class Mechanism:
 
 def list_mechanisms() -> list[Mechanism]:
     """All mechanisms: policies, schedules, input side, and those that wait for weights."""
-    registries = (("policy", POLICIES), ("schedule", SCHEDULES), ("input", INPUTS))
+    registries = (("policy", POLICIES), ("schedule", SCHEDULES), ("input", INPUTS), ("switch", SWITCH_RULES))
     found = [describe(name, kind, cls) for kind, known in registries for name, cls in sorted(known.items())]
     waiting = [
         Mechanism(
@@ -172,6 +176,7 @@ def as_markdown() -> str:
         "policy": "KV policies: what attention may read",
         "schedule": "Schedules: which forwards, in which order",
         "input": "Input side",
+        "switch": "Prompt switches",
     }
     mechanisms = list_mechanisms()
     lines = [

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamdiff_core.attention import PromptContext
 from streamdiff_core.config import SteadyConfig
 from streamdiff_core.denoiser import Denoiser
 from streamdiff_core.flow import select_steps, spaced_steps
@@ -27,6 +28,7 @@ from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.kv_policies.sink import describe_content
 from streamdiff_core.noise_controller import decide
+from streamdiff_core.prompt_fade import PromptFade
 from streamdiff_core.steady import SteadyState, hold_still
 from streamdiff_core.stream_options import SWITCHES, Prompt, StreamOptions, StreamStats, change_options
 from streamdiff_core.timing import LatencyTracker, StageTimer
@@ -56,6 +58,7 @@ class StreamSession:
         self._closed = False
         self._prompt = pipe.encode_prompt(prompt)
         self._switch: str | None = None
+        self._fade: PromptFade | None = None
         self._begin_stream()
 
     def _begin_stream(self) -> None:
@@ -162,7 +165,8 @@ class StreamSession:
             on_switch: ``keep`` the cache; ``recache`` it (one joint forward per cache row over what it holds,
                 new prompt, SEEDS §3.3); ``flush`` all but the sinks and the last two frames, one if the window
                 is 3 or shorter (SEEDS §3.5); ``reset``: finish what is in flight, then go on with an empty cache;
-                ``cut``: tell the policy that the scene changes here, for policies with a rule for it.
+                ``cut``: tell the policy that the scene changes here, for policies with a rule for it; ``fade``: keep
+                the cache and slide to the new prompt over up to 18 latent frames (SEEDS §3.10).
 
         Raises:
             ValueError: unknown ``on_switch``, or one the policy has no rule for.
@@ -170,11 +174,12 @@ class StreamSession:
         self._check_open()
         if on_switch not in SWITCHES:
             raise ValueError(f"unknown on_switch {on_switch!r}; use one of {', '.join(SWITCHES)}")
-        if on_switch not in POLICIES[self.options.policy].switches:
+        if on_switch not in ("fade", *POLICIES[self.options.policy].switches):
             known = ", ".join(name for name, cls in POLICIES.items() if on_switch in cls.switches)
             raise ValueError(f"policy {self.options.policy!r} has no rule for on_switch={on_switch!r}; use {known}")
-        self._prompt = self.pipe.encode_prompt(prompt)
-        self._switch = on_switch
+        before, self._prompt = self._prompt_at(self._next_frame), self.pipe.encode_prompt(prompt)
+        self._fade = PromptFade(before, self._prompt, self._next_frame) if on_switch == "fade" else None
+        self._switch = "keep" if on_switch == "fade" else on_switch
 
     def set_options(self, **changes: Any) -> None:
         """Change options of the running stream from the next chunk on; none of its frames is lost or repeated.
@@ -283,7 +288,7 @@ class StreamSession:
         """Run the schedule for one chunk (None: flush one tick); returns the chunks that became ready."""
         chunk, switch = None if encoded is None else encoded.chunk, None
         if chunk is not None:
-            chunk.prompt, switch, self._switch = self._prompt, self._switch, None
+            chunk.prompt, switch, self._switch = self._prompt_at(chunk.frame_ids[-1]), self._switch, None
         held = self._frames_held()
         with self.timer.stage("denoise", None if chunk is None else chunk.chunk_idx):
             done = self._denoiser.advance(chunk, switch)
@@ -322,6 +327,10 @@ class StreamSession:
         """Latent frames of the next chunk."""
         n = self.options.latent_frames_per_chunk
         return self._inputs.first_chunk_frames(n) if self._next_frame == 0 else n
+
+    def _prompt_at(self, frame_idx: int) -> PromptContext:
+        """The prompt of a chunk that ends with this latent frame."""
+        return self._prompt if self._fade is None else self._fade.at(frame_idx)
 
     def _frames_held(self) -> set[int]:
         return {frame for frame in self._denoiser.cache.tables[-1].frames if frame is not None}

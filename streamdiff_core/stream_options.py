@@ -14,7 +14,7 @@ from streamdiff_core.schedules import make_schedule
 from streamdiff_core.schedules.steps import Stepper
 
 Prompt = str | Mapping[str, float]
-SWITCHES = ("keep", "recache", "flush", "reset", "cut")
+SWITCHES = ("keep", "recache", "flush", "reset", "cut", "fade")
 FIXED_OPTIONS = ("width", "height", "mode", "latent_frames_per_chunk", "input_options")
 """Options that no running stream can change."""
 

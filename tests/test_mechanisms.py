@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from streamdiff_core.kv_policies import POLICIES
-from streamdiff_core.mechanisms import INPUTS, WAITING, Knob, as_markdown, describe, list_mechanisms
+from streamdiff_core.mechanisms import INPUTS, SWITCH_RULES, WAITING, Knob, as_markdown, describe, list_mechanisms
 from streamdiff_core.schedules import SCHEDULES
 
+KINDS = {"policy": POLICIES, "schedule": SCHEDULES, "input": INPUTS, "switch": SWITCH_RULES}
+ALL = [(kind, name) for kind, registry in KINDS.items() for name in registry]
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -53,14 +55,10 @@ def test_keyword_parameters_are_knobs():
 
 def test_everything_is_listed():
     names = {(m.kind, m.name) for m in list_mechanisms() if m.is_available}
-    known = [("policy", POLICIES), ("schedule", SCHEDULES), ("input", INPUTS)]
-    assert names == {(kind, name) for kind, registry in known for name in registry}
+    assert names == set(ALL) and len(ALL) == len(set(ALL))
     waiting = [m for m in list_mechanisms() if not m.is_available]
     assert {m.name for m in waiting} == set(WAITING)
     assert all(m.training_free.startswith("no: ") and m.paper for m in waiting)
-
-
-ALL = [(kind, n) for kind, known in (("policy", POLICIES), ("schedule", SCHEDULES), ("input", INPUTS)) for n in known]
 
 
 @pytest.mark.parametrize("kind, name", ALL)
