@@ -1,0 +1,140 @@
+"""Who may come in: a new stream is taken, waits in line with a position and an estimate, or is refused with numbers.
+
+The promise to those inside comes first: a newcomer is taken only if the machine can serve everybody, newcomer
+included, at a quality that `degradations` allows. Pure, like the planner whose load figure it uses; the caller keeps
+the line. Source: SPEC §6.5 has no such thing (one stream); the demo of the released code mixes its users (SPEC §7).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from streamdiff_core.latency_model import LatencyModel
+from streamdiff_core.planner import ladder, load, tick_ms
+from streamdiff_core.slo import PlannerOptions, Setting, StreamView, serve_of, steady_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdmissionOptions:
+    """What newcomers may cost those inside."""
+
+    degradations: tuple[str, ...] = ("steps",)
+    """Kinds of degradation a newcomer may cause; () keeps everybody at full quality."""
+    max_streams: int = 64
+    """Streams at once, whatever the load (memory)."""
+    max_waiting: int = 16
+    """Length of the line; the next one is refused."""
+    mean_stay_s: float = 120.0
+    """How long a stream stays; hand in the measured mean once there is one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """The answer, and the numbers it rests on."""
+
+    verdict: Literal["accept", "wait", "refuse"]
+    """What happens."""
+    sentence: str
+    """Why, for the person who asked."""
+    load_now: float
+    """Load of the streams inside at the lowest quality newcomers may cause."""
+    load_with: float
+    """The same with the newcomer."""
+    ttff_ms: float
+    """First frame after this long if taken now: five frames to fill a chunk, a running tick, its own."""
+    position: int | None = None
+    """Place in the line, 1 = next."""
+    estimate_s: float | None = None
+    """Expected wait."""
+
+
+def admit(
+    newcomer: StreamView,
+    streams: Sequence[StreamView],
+    model: LatencyModel,
+    options: PlannerOptions = PlannerOptions(),  # noqa: B008 (frozen)
+    admission: AdmissionOptions = AdmissionOptions(),  # noqa: B008 (frozen)
+    *,
+    num_waiting: int = 0,
+) -> Admission:
+    """Decide about one stream.
+
+    Args:
+        newcomer: what it asks for (fps, steps, deadlines).
+        streams: those inside.
+        model: cost per stage.
+        options: the planner's.
+        admission: limits.
+        num_waiting: streams in line before this one; whoever is first in line passes 0.
+    """
+    alone = _cheapest([newcomer], model, options, admission)
+    setting = _cheapest([*streams, newcomer], model, options, admission)
+    load_alone = load([newcomer], model, alone, options)
+    load_now, load_with = (load(some, model, setting, options) for some in (streams, [*streams, newcomer]))
+    figures = {
+        "load_now": load_now,
+        "load_with": load_with,
+        "ttff_ms": _ttff_ms(newcomer, streams, model, setting, options),
+    }
+    limit, is_full = options.target_load, len(streams) >= admission.max_streams
+    if load_alone > limit:
+        chunk_ms = tick_ms([serve_of(steady_of(newcomer, alone, options), alone, options)], model)
+        sentence = (
+            f"this machine cannot keep up with {newcomer.fps:g} frames per second: a chunk takes {chunk_ms:.0f} ms, "
+            f"{load_alone:.0%} of the time there is; send fewer frames per second or ask for fewer steps"
+        )
+        return Admission(verdict="refuse", sentence=sentence, **figures)
+    if load_with <= limit and not is_full and not num_waiting:
+        return Admission(verdict="accept", sentence=f"load {load_with:.0%}, limit {limit:.0%}", **figures)
+    busy = f"{len(streams)} streams keep the machine {load_now:.0%} busy, one more would make it {load_with:.0%}"
+    if num_waiting >= admission.max_waiting:
+        sentence = f"{busy}, and all {admission.max_waiting} places in line are taken; come back later"
+        return Admission(verdict="refuse", sentence=sentence, **figures)
+    position = num_waiting + 1
+    estimate_s = position * admission.mean_stay_s / max(1, len(streams))
+    sentence = f"{busy}; you are number {position} in line, about {estimate_s:.0f} s"
+    return Admission(verdict="wait", sentence=sentence, position=position, estimate_s=estimate_s, **figures)
+
+
+def capacity(
+    stream: StreamView,
+    model: LatencyModel,
+    options: PlannerOptions = PlannerOptions(),  # noqa: B008 (frozen)
+    admission: AdmissionOptions = AdmissionOptions(),  # noqa: B008 (frozen)
+) -> int:
+    """How many streams like this one would be taken, one after the other."""
+    inside: list[StreamView] = []
+    while admit(stream, inside, model, options, admission).verdict == "accept":
+        inside.append(stream)
+    return len(inside)
+
+
+def _cheapest(
+    streams: Sequence[StreamView], model: LatencyModel, options: PlannerOptions, admission: AdmissionOptions
+) -> Setting:
+    """The quality of least load that a newcomer may cause."""
+    rungs = ladder(options, max(s.steps for s in streams))
+    allowed = [rung for rung in rungs if set(rung.gives_up) <= set(admission.degradations)]
+    return min(allowed, key=lambda rung: load(streams, model, rung, options))
+
+
+def _ttff_ms(
+    newcomer: StreamView,
+    streams: Sequence[StreamView],
+    model: LatencyModel,
+    setting: Setting,
+    options: PlannerOptions,
+) -> float:
+    """Filling the first chunk, then the longest tick that may be running, then its own."""
+    first = serve_of(replace(newcomer, is_fresh=True), setting, options)
+    running, num_rows = [], 0
+    for stream in streams:
+        if num_rows >= options.max_rows:
+            break
+        running.append(serve_of(steady_of(stream, setting, options), setting, options))
+        num_rows += running[-1].rows[0]
+    fill_ms = 1e3 * (first.num_frames - 1) / newcomer.fps
+    return math.fsum((fill_ms, tick_ms(running, model), tick_ms([first], model)))

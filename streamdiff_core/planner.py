@@ -1,0 +1,216 @@
+"""Which rows of which streams the next tick holds, so that frames come out before their deadline.
+
+Two decisions, both pure functions of what is known now. `choose_level`: how much quality the load allows, a rung of
+`ladder` (fewer steps, longer chunks, fewer frames, in the order the options say), with hysteresis. `plan`: the most
+urgent streams that are ready, as many as can be finished before the first of them is late. With costs that are
+affine in the rows and equal steps this prefix rule is optimal: where any order of batches keeps all deadlines, it
+does (a stream of a later batch moves forward without making anything later). It never waits while one is ready.
+
+Loop of an engine, where `state` starts as ``PlannerState()`` and `model` as a ``LatencyModel``:
+
+    tick = plan(views, model, state, now_s)
+    if not tick.serves: wait for a frame, at most until tick.wake_s
+    else: per serve drop, take and thin frames, encode; run the forwards in lockstep; decode what comes out
+          model.observe("encode" | "denoise" | "decode", rows, latent_frames, ms)    # after every call
+    state = tick.state
+
+`plan_fifo` has the same signature and is what the planner is compared with. Source: SPEC §6.5 (the paper's
+scheduler adapts one stream's batch to the knee B*; several streams, deadlines and degradation are ours).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from streamdiff_core.latency_model import LatencyModel
+from streamdiff_core.slo import (
+    Mode,
+    PlannerOptions,
+    PlannerState,
+    Serve,
+    Setting,
+    StreamView,
+    Tick,
+    due_of,
+    is_ready,
+    lag_of,
+    period_of,
+    ready_of,
+    serve_of,
+    steady_of,
+    urgency_of,
+)
+
+
+def plan(
+    streams: Sequence[StreamView],
+    model: LatencyModel,
+    state: PlannerState,
+    now_s: float,
+    options: PlannerOptions = PlannerOptions(),  # noqa: B008 (frozen)
+) -> Tick:
+    """The next tick: the longest run of most urgent ready streams that finishes before the first is late.
+
+    A stream that is late whatever happens does not hold the others back; it is served in its turn and its late
+    frames are given up where newer ones wait. Urgency counts from the oldest waiting frame, or from the last
+    service where that is earlier, so that no stream is passed over for long.
+    """
+    state, setting = choose_level(streams, model, state, now_s, options)
+    ready = sorted((s for s in streams if is_ready(s, setting, options)), key=lambda s: urgency_of(s, setting, options))
+    chosen: list[tuple[StreamView, Serve]] = []
+    num_rows, first_due_s, took_ms = 0, math.inf, 0.0
+    for stream in ready:
+        serve = serve_of(stream, setting, options)
+        is_full = num_rows >= row_cap(model, serve.latent_frames, options)
+        if chosen and (is_full or num_rows + serve.rows[0] > options.max_rows):
+            break
+        num_rows += serve.rows[0]
+        due_s = due_of(stream, setting, options)
+        if now_s + tick_ms([serve], model) / 1e3 <= due_s:
+            first_due_s = min(first_due_s, due_s)
+        together_ms = tick_ms([*(s for _, s in chosen), serve], model)
+        if chosen and now_s + together_ms / 1e3 > first_due_s:
+            break
+        chosen.append((stream, serve))
+        took_ms = together_ms
+    end_s = now_s + took_ms / 1e3
+    serves = tuple(_drop_late(stream, serve, setting, end_s, options) for stream, serve in chosen)
+    return _tick(streams, serves, took_ms, setting, state, model, options)
+
+
+def plan_fifo(
+    streams: Sequence[StreamView],
+    model: LatencyModel,
+    state: PlannerState,
+    now_s: float,
+    options: PlannerOptions = PlannerOptions(),  # noqa: B008 (frozen)
+) -> Tick:
+    """The baseline: up to ``fixed_batch`` streams, oldest frame first, full quality, no frame given up."""
+    setting = Setting(mode="stream_batch" if options.mode == "auto" else options.mode)
+    ready = sorted((s for s in streams if is_ready(s, setting, options)), key=lambda s: s.arrivals_s[0])
+    serves: list[Serve] = []
+    for stream in ready[: options.fixed_batch]:
+        serve = serve_of(stream, setting, options)
+        if serves and sum(s.rows[0] for s in serves) + serve.rows[0] > options.max_rows:
+            break
+        serves.append(serve)
+    return _tick(streams, tuple(serves), tick_ms(serves, model), setting, state, model, options)
+
+
+def choose_level(
+    streams: Sequence[StreamView], model: LatencyModel, state: PlannerState, now_s: float, options: PlannerOptions
+) -> tuple[PlannerState, Setting]:
+    """Lower quality at once when the load asks for it, raise it after ``hold_s`` of calm."""
+    rungs = ladder(options, max((s.steps for s in streams), default=1))
+    loads = [load(streams, model, rung, options) for rung in rungs]
+    in_time = [all(_delay_ms(s, model, rung, options) <= s.deadline_ms for s in streams) for rung in rungs]
+    level = min(state.level, len(rungs) - 1)
+    wanted = _first_that_fits(loads, in_time, options.target_load)
+    if wanted > level:
+        return PlannerState(level=wanted), rungs[wanted]
+    better = min(level, _first_that_fits(loads, in_time, options.relax_load))
+    if better == level:
+        return PlannerState(level=level), rungs[level]
+    calm_since_s = now_s if state.calm_since_s is None else state.calm_since_s
+    if now_s - calm_since_s >= options.hold_s:
+        return PlannerState(level=better), rungs[better]
+    return PlannerState(level=level, calm_since_s=calm_since_s), rungs[level]
+
+
+def ladder(options: PlannerOptions, steps: int) -> tuple[Setting, ...]:
+    """All rungs from full quality down; each kind of degradation starts from where the one before ended."""
+    rungs = [Setting()]
+    for what in options.degrade:
+        last = rungs[-1]
+        gives_up = (*last.gives_up, what)
+        if what == "steps":
+            lower = [{"fewer_steps": n} for n in range(1, steps - options.min_steps + 1)]
+        elif what == "chunk":
+            lower = [{"latent_frames": n} for n in range(2, options.max_latent_frames + 1)]
+        else:
+            lower = [{"keep": keep} for keep in options.keep]
+        rungs += [replace(last, gives_up=gives_up, **change) for change in lower]
+    modes: tuple[Mode, ...] = ("sequential", "stream_batch") if options.mode == "auto" else (options.mode,)
+    return tuple(
+        replace(rung, mode=mode)
+        for rung in rungs
+        for mode in (modes if steps - rung.fewer_steps > 1 else modes[:1])
+    )  # fmt: skip
+
+
+def _first_that_fits(loads: Sequence[float], in_time: Sequence[bool], limit: float) -> int:
+    """First rung whose load and delay fit; else the first whose load fits; else the one of least load."""
+    fitting = [level for level, value in enumerate(loads) if value <= limit]
+    punctual = [level for level in fitting if in_time[level]]
+    return (punctual or fitting or [loads.index(min(loads))])[0]
+
+
+def load(streams: Sequence[StreamView], model: LatencyModel, setting: Setting, options: PlannerOptions) -> float:
+    """Share of the machine's time that the streams need when forwards are as full as they get; 1 = saturated."""
+    steady = [(s, serve_of(steady_of(s, setting, options), setting, options)) for s in streams]
+    all_rows = sum(serve.rows[0] for _, serve in steady)
+    denoise = model.line("denoise")
+    total = 0.0
+    for stream, serve in steady:
+        full = min(all_rows, row_cap(model, serve.latent_frames, options))
+        per_row_ms = denoise.unit_ms * serve.latent_frames + denoise.fixed_ms / max(full, serve.rows[0])
+        vae_ms = sum(model.ms(stage, 1, serve.latent_frames) for stage in ("encode", "decode"))
+        total += (vae_ms + sum(serve.rows) * per_row_ms) / (1e3 * period_of(stream, setting, options))
+    return total
+
+
+def row_cap(model: LatencyModel, latent_frames: int, options: PlannerOptions) -> int:
+    """Rows up to which a forward is filled: more would add delay and hardly any throughput."""
+    knee = model.line("denoise").knee(options.efficiency) / latent_frames
+    return options.max_rows if knee >= options.max_rows else max(1, math.ceil(knee))
+
+
+def calls_of(serves: Sequence[Serve]) -> list[tuple[str, int, int]]:
+    """(stage, rows, latent frames) of every call of a tick, as ``LatencyModel.observe`` takes them.
+
+    Each stream is encoded and decoded by itself; rows of all streams share one forward per round and chunk length.
+    """
+    rounds = Counter()
+    for serve in serves:
+        for number, rows in enumerate(serve.rows):
+            rounds[number, serve.latent_frames] += rows
+    vae = [(stage, 1, serve.latent_frames) for stage in ("encode", "decode") for serve in serves]
+    return vae + [("denoise", rows, latent_frames) for (_, latent_frames), rows in rounds.items()]
+
+
+def tick_ms(serves: Sequence[Serve], model: LatencyModel) -> float:
+    """Time of a tick: that of its calls."""
+    return sum(model.ms(*call) for call in calls_of(serves))
+
+
+def _drop_late(stream: StreamView, serve: Serve, setting: Setting, end_s: float, options: PlannerOptions) -> Serve:
+    """Give up frames that would come out late, as long as a whole chunk of newer ones waits."""
+    oldest_s = end_s + lag_of(stream, setting, options) - stream.deadline_ms / 1e3
+    num_late = sum(arrival_s < oldest_s for arrival_s in stream.arrivals_s)
+    return replace(serve, num_dropped=min(num_late, len(stream.arrivals_s) - serve.num_taken))
+
+
+def _delay_ms(stream: StreamView, model: LatencyModel, setting: Setting, options: PlannerOptions) -> float:
+    """What a frame waits at least: for its chunk to fill, for a running tick and its own, for the stream batch."""
+    stream = steady_of(stream, setting, options)
+    fill_s = period_of(stream, setting, options) - 1 / stream.fps
+    return 1e3 * (fill_s + lag_of(stream, setting, options)) + 2 * tick_ms([serve_of(stream, setting, options)], model)
+
+
+def _tick(
+    streams: Sequence[StreamView],
+    serves: tuple[Serve, ...],
+    predicted_ms: float,
+    setting: Setting,
+    state: PlannerState,
+    model: LatencyModel,
+    options: PlannerOptions,
+) -> Tick:
+    wake_s = min((ready_of(s, setting, options) for s in streams), default=math.inf)
+    return Tick(
+        serves=serves, predicted_ms=predicted_ms, setting=setting, load=load(streams, model, setting, options),
+        state=state, wake_s=None if serves or wake_s == math.inf else wake_s,
+    )  # fmt: skip

@@ -1,0 +1,255 @@
+"""The planner on a virtual clock: many viewers, one machine or several, minutes of serving in a second.
+
+A discrete-event simulation that calls the real ``plan`` and ``admit``; only time is made up. Frames wait in a bounded
+inbox; a tick takes what the true latency model says, with noise and hiccups; the planner's own model starts from a
+prior and learns from those ticks, as on a real machine. Chunks of a stream batch leave steps - 1 ticks after they
+entered. Not simulated: memory, clients that read slowly, overlap of VAE and transformer.
+Source: machines and models from ``roofline``; SPEC §6.5, figures SPEC §9.2.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from streamdiff_core.admission import AdmissionOptions, admit
+from streamdiff_core.latency_model import LatencyModel
+from streamdiff_core.planner import calls_of, load, plan
+from streamdiff_core.scenarios import Network, Report, StreamRecord, Viewer
+from streamdiff_core.slo import PlannerOptions, PlannerState, Serve, Setting, StreamView, Tick
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """The machine as it is (which the planner has to find out) and the rules of the house."""
+
+    true_model: LatencyModel
+    """What calls really take on average."""
+    prior: Callable[[], LatencyModel] | None = None
+    """Makes what a planner believes at first, to learn from; None: it knows the truth."""
+    options: PlannerOptions = PlannerOptions()
+    """The planner's."""
+    admission: AdmissionOptions | None = AdmissionOptions()
+    """None: everybody comes in at once."""
+    policy: Callable[..., Tick] = plan
+    """``plan`` or ``plan_fifo``."""
+    inbox_chunks: float = 2.0
+    """Frames kept per stream, in chunks of 4; older ones are dropped. ``inf``: the unbounded queue upstream has."""
+    noise: float = 0.05
+    """Relative spread of a call's time."""
+    hiccups: float = 0.005
+    """Share of calls that take three times as long."""
+    num_replicas: int = 1
+    """Machines; a newcomer goes to the least loaded one and stays."""
+
+
+def simulate(
+    viewers: Sequence[Viewer],
+    world: World,
+    duration_s: float,
+    *,
+    network: Network = Network(),  # noqa: B008 (frozen)
+    seed: int = 0,
+) -> Report:
+    """Run all viewers through the world for ``duration_s`` virtual seconds.
+
+    Raises:
+        ValueError: a duration that is not positive, or a world without machines.
+    """
+    if duration_s <= 0 or world.num_replicas < 1:
+        raise ValueError(f"need duration_s > 0 and num_replicas >= 1, got {duration_s} and {world.num_replicas}")
+    return _Simulation(viewers, world, network, duration_s, random.Random(seed)).run()
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """A stream inside: waiting frames by arrival time, chunks by steps to go."""
+
+    number: int
+    record: StreamRecord
+    served_s: float
+    inbox: deque[float] = field(default_factory=deque)
+    in_flight: deque[tuple[int, list[float]]] = field(default_factory=deque)
+    num_leaving: int = 0
+    is_closed: bool = False
+    was_served: bool = False
+
+    def view(self) -> StreamView:
+        viewer = self.record.viewer
+        return StreamView(
+            stream_id=self.number, fps=viewer.fps, arrivals_s=tuple(self.inbox), steps=viewer.steps,
+            in_flight_s=tuple(chunk[0] for _, chunk in self.in_flight),
+            is_fresh=viewer.is_fresh and not self.was_served, deadline_ms=viewer.deadline_ms, served_s=self.served_s,
+        )  # fmt: skip
+
+    def take_in(self, now_s: float, inbox_frames: float) -> None:
+        """A frame arrives; newest wins."""
+        record = self.record
+        record.num_in += 1
+        record.first_in_s = now_s if record.first_in_s is None else record.first_in_s
+        self.inbox.append(now_s)
+        if len(self.inbox) > inbox_frames:
+            self.inbox.popleft()
+            record.num_dropped += 1
+
+    def serve(self, serve: Serve, now_s: float) -> list[float]:
+        """Take the frames, advance what is in flight; arrival times of the frames that leave with this tick."""
+        for _ in range(serve.num_dropped):
+            self.inbox.popleft()
+        taken = [self.inbox.popleft() for _ in range(serve.num_taken)]
+        kept = [taken[i * serve.num_taken // serve.num_frames] for i in range(serve.num_frames)]
+        self.record.num_dropped += serve.num_dropped
+        self.record.num_thinned += serve.num_taken - serve.num_frames
+        self.in_flight.append((serve.steps, kept))
+        done = 1 if serve.mode == "stream_batch" else serve.steps
+        self.in_flight = deque((to_go - done, chunk) for to_go, chunk in self.in_flight)
+        out: list[float] = []
+        while self.in_flight and self.in_flight[0][0] <= 0:
+            out += self.in_flight.popleft()[1]
+        self.was_served, self.served_s, self.num_leaving = True, now_s, len(out)
+        return out
+
+    def put_out(self, arrivals_s: list[float], now_s: float) -> None:
+        """Frames come out now; nobody is there to see them when the viewer left meanwhile."""
+        if self.is_closed or not arrivals_s:
+            return
+        record = self.record
+        record.num_out += len(arrivals_s)
+        record.num_late += sum(1e3 * (now_s - t) > record.viewer.deadline_ms for t in arrivals_s)
+        if record.first_out_s is None:
+            record.first_out_s = now_s
+        else:
+            record.max_gap_s = max(record.max_gap_s, now_s - record.last_out_s)
+        record.last_out_s, self.num_leaving = now_s, 0
+
+    def close(self) -> None:
+        self.is_closed = True
+        self.record.num_left = len(self.inbox) + self.num_leaving + sum(len(chunk) for _, chunk in self.in_flight)
+
+
+class _Replica:
+    """One machine with its planner."""
+
+    def __init__(self, world: World) -> None:
+        self.streams: dict[int, _Stream] = {}
+        self.model = world.prior() if world.prior else world.true_model
+        self.state, self.is_busy, self.wake_s, self.learns = PlannerState(), False, math.inf, world.prior is not None
+
+    def views(self) -> list[StreamView]:
+        return [stream.view() for stream in self.streams.values()]
+
+
+class _Simulation:
+    """Events in order of time; every action may add later ones."""
+
+    def __init__(
+        self, viewers: Sequence[Viewer], world: World, network: Network, duration_s: float, rng: random.Random
+    ) -> None:
+        self.world, self.network, self.rng = world, network, rng
+        self.replicas = [_Replica(world) for _ in range(world.num_replicas)]
+        self.report = Report([StreamRecord(viewer) for viewer in viewers], duration_s)
+        self.line: deque[int] = deque()
+        self.now_s, self.events, self.order = 0.0, [], itertools.count()
+        for number, viewer in enumerate(viewers):
+            self.at(viewer.join_s, self.join, number)
+
+    def at(self, time_s: float, action: Callable[..., None], *args: object) -> None:
+        heapq.heappush(self.events, (time_s, next(self.order), action, args))
+
+    def run(self) -> Report:
+        while self.events and self.events[0][0] <= self.report.duration_s:
+            self.now_s, _, action, args = heapq.heappop(self.events)
+            action(*args)
+        for stream in [stream for replica in self.replicas for stream in replica.streams.values()]:
+            stream.close()
+        return self.report
+
+    # --- people -------------------------------------------------------------------------------------------------
+
+    def join(self, number: int) -> None:
+        verdict, replica = self.ask(number, len(self.line))
+        if verdict == "accept":
+            self.let_in(number, replica)
+        elif verdict == "wait":
+            self.line.append(number)
+        else:
+            self.report.num_refused += 1
+
+    def ask(self, number: int, num_waiting: int) -> tuple[str, _Replica]:
+        """The least loaded machine, and what its admission says."""
+        replica = min(self.replicas, key=lambda r: self.load_of(r))
+        if self.world.admission is None:
+            return "accept", replica
+        newcomer = _Stream(number, self.report.streams[number], self.now_s).view()
+        views, rules = replica.views(), self.world.admission
+        answer = admit(newcomer, views, replica.model, self.world.options, rules, num_waiting=num_waiting)
+        return answer.verdict, replica
+
+    def load_of(self, replica: _Replica) -> float:
+        return load(replica.views(), replica.model, Setting(mode="stream_batch"), self.world.options)
+
+    def let_in(self, number: int, replica: _Replica) -> None:
+        record = self.report.streams[number]
+        record.let_in_s = self.now_s
+        stream = replica.streams[number] = _Stream(number, record, self.now_s)
+        times_s = self.network.arrivals_s(record.viewer.fps, self.now_s, self.rng)
+        self.at(next(times_s), self.arrive, stream, replica, times_s)
+        self.at(self.now_s + record.viewer.stay_s, self.leave, number, replica)
+
+    def leave(self, number: int, replica: _Replica) -> None:
+        replica.streams.pop(number).close()
+        while self.line:
+            verdict, roomy = self.ask(self.line[0], 0)
+            if verdict != "accept":
+                return
+            self.let_in(self.line.popleft(), roomy)
+
+    # --- frames and ticks ---------------------------------------------------------------------------------------
+
+    def arrive(self, stream: _Stream, replica: _Replica, times_s: Iterator[float]) -> None:
+        if stream.is_closed:
+            return
+        stream.take_in(self.now_s, 1 + 4 * self.world.inbox_chunks)
+        self.report.longest_inbox = max(self.report.longest_inbox, len(stream.inbox))
+        self.at(next(times_s), self.arrive, stream, replica, times_s)
+        self.tick(replica)
+
+    def tick(self, replica: _Replica) -> None:
+        if replica.is_busy:
+            return
+        tick = self.world.policy(replica.views(), replica.model, replica.state, self.now_s, self.world.options)
+        replica.state = tick.state
+        if not tick.serves:
+            return
+        self.report.levels.append((self.now_s, tick.state.level))
+        took_s, served = self.run_calls(tick, replica), []
+        for serve in tick.serves:
+            stream = replica.streams[serve.stream_id]
+            served.append((stream, stream.serve(serve, self.now_s)))
+        replica.is_busy = True
+        self.report.busy_s += took_s
+        self.at(self.now_s + took_s, self.finish, replica, served)
+
+    def run_calls(self, tick: Tick, replica: _Replica) -> float:
+        """Seconds the tick really takes; the planner's model sees every call."""
+        total_ms = 0.0
+        for stage, rows, latent_frames in calls_of(tick.serves):
+            ms = self.world.true_model.ms(stage, rows, latent_frames) * self.rng.lognormvariate(0, self.world.noise)
+            ms *= 3 if self.rng.random() < self.world.hiccups else 1
+            total_ms += ms
+            if stage == "denoise":
+                self.report.rows.append(rows)
+            if replica.learns:
+                replica.model.observe(stage, rows, latent_frames, ms)
+        return total_ms / 1e3
+
+    def finish(self, replica: _Replica, served: list[tuple[_Stream, list[float]]]) -> None:
+        replica.is_busy = False
+        for stream, arrivals_s in served:
+            stream.put_out(arrivals_s, self.now_s)
+        self.tick(replica)
