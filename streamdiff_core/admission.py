@@ -7,13 +7,12 @@ the line. Source: SPEC §6.5 has no such thing (one stream); the demo of the rel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from streamdiff_core.latency_model import LatencyModel
-from streamdiff_core.planner import ladder, load, tick_ms
+from streamdiff_core.planner import ladder, load, row_cap, tick_ms
 from streamdiff_core.slo import PlannerOptions, Setting, StreamView, serve_of, steady_of
 
 
@@ -44,7 +43,7 @@ class Admission:
     load_with: float
     """The same with the newcomer."""
     ttff_ms: float
-    """First frame after this long if taken now: five frames to fill a chunk, a running tick, its own."""
+    """First frame after this long if taken now, at full quality: its first chunk fills, a running tick, its own."""
     position: int | None = None
     """Place in the line, 1 = next."""
     estimate_s: float | None = None
@@ -77,7 +76,7 @@ def admit(
     figures = {
         "load_now": load_now,
         "load_with": load_with,
-        "ttff_ms": _ttff_ms(newcomer, streams, model, setting, options),
+        "ttff_ms": _ttff_ms(newcomer, streams, model, options),
     }
     limit, is_full = options.target_load, len(streams) >= admission.max_streams
     if load_alone > limit:
@@ -122,19 +121,11 @@ def _cheapest(
 
 
 def _ttff_ms(
-    newcomer: StreamView,
-    streams: Sequence[StreamView],
-    model: LatencyModel,
-    setting: Setting,
-    options: PlannerOptions,
+    newcomer: StreamView, streams: Sequence[StreamView], model: LatencyModel, options: PlannerOptions
 ) -> float:
     """Filling the first chunk, then the longest tick that may be running, then its own."""
+    setting = Setting()
     first = serve_of(replace(newcomer, is_fresh=True), setting, options)
-    running, num_rows = [], 0
-    for stream in streams:
-        if num_rows >= options.max_rows:
-            break
-        running.append(serve_of(steady_of(stream, setting, options), setting, options))
-        num_rows += running[-1].rows[0]
+    running = [serve_of(steady_of(stream, setting, options), setting, options) for stream in streams]
     fill_ms = 1e3 * (first.num_frames - 1) / newcomer.fps
-    return math.fsum((fill_ms, tick_ms(running, model), tick_ms([first], model)))
+    return fill_ms + tick_ms(running[: row_cap(model, 1, options)], model) + tick_ms([first], model)

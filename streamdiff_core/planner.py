@@ -105,8 +105,9 @@ def choose_level(
 ) -> tuple[PlannerState, Setting]:
     """Lower quality at once when the load asks for it, raise it after ``hold_s`` of calm."""
     rungs = ladder(options, max((s.steps for s in streams), default=1))
-    loads = [load(streams, model, rung, options) for rung in rungs]
-    in_time = [all(_delay_ms(s, model, rung, options) <= s.deadline_ms for s in streams) for rung in rungs]
+    kinds = _kinds(streams)
+    loads = [_load(kinds, model, rung, options) for rung in rungs]
+    in_time = [all(_delay_ms(s, model, rung, options) <= s.deadline_ms for s in kinds) for rung in rungs]
     level = min(state.level, len(rungs) - 1)
     wanted = _first_that_fits(loads, in_time, options.target_load)
     if wanted > level:
@@ -121,45 +122,63 @@ def choose_level(
 
 
 def ladder(options: PlannerOptions, steps: int) -> tuple[Setting, ...]:
-    """All rungs from full quality down; each kind of degradation starts from where the one before ended."""
-    rungs = [Setting()]
+    """All rungs from full quality down, in the order of ``options.degrade``.
+
+    A later kind of degradation starts with the steps as low as they go, but with every chunk length: long chunks
+    save time only where a call has a large fixed cost, and they always cost delay.
+    """
+    rungs = bases = [Setting()]
     for what in options.degrade:
-        last = rungs[-1]
-        gives_up = (*last.gives_up, what)
         if what == "steps":
-            lower = [{"fewer_steps": n} for n in range(1, steps - options.min_steps + 1)]
+            changes = [{"fewer_steps": n} for n in range(1, steps - options.min_steps + 1)]
         elif what == "chunk":
-            lower = [{"latent_frames": n} for n in range(2, options.max_latent_frames + 1)]
+            changes = [{"latent_frames": n} for n in range(2, options.max_latent_frames + 1)]
         else:
-            lower = [{"keep": keep} for keep in options.keep]
-        rungs += [replace(last, gives_up=gives_up, **change) for change in lower]
+            changes = [{"keep": keep} for keep in options.keep]
+        lower = [replace(base, gives_up=(*base.gives_up, what), **change) for change in changes for base in bases]
+        rungs = rungs + lower
+        bases = bases + lower if what == "chunk" else lower[-len(bases) :] or bases
     modes: tuple[Mode, ...] = ("sequential", "stream_batch") if options.mode == "auto" else (options.mode,)
     return tuple(
-        replace(rung, mode=mode)
-        for rung in rungs
-        for mode in (modes if steps - rung.fewer_steps > 1 else modes[:1])
-    )  # fmt: skip
+        replace(rung, mode=mode) for rung in rungs for mode in (modes if steps - rung.fewer_steps > 1 else modes[:1])
+    )
 
 
 def _first_that_fits(loads: Sequence[float], in_time: Sequence[bool], limit: float) -> int:
-    """First rung whose load and delay fit; else the first whose load fits; else the one of least load."""
-    fitting = [level for level, value in enumerate(loads) if value <= limit]
-    punctual = [level for level in fitting if in_time[level]]
-    return (punctual or fitting or [loads.index(min(loads))])[0]
+    """First rung whose load fits, of those that are in time if any is; else the one of them of least load."""
+    levels = [level for level, punctual in enumerate(in_time) if punctual] or range(len(loads))
+    fitting = [level for level in levels if loads[level] <= limit]
+    return fitting[0] if fitting else min(levels, key=loads.__getitem__)
 
 
 def load(streams: Sequence[StreamView], model: LatencyModel, setting: Setting, options: PlannerOptions) -> float:
     """Share of the machine's time that the streams need when forwards are as full as they get; 1 = saturated."""
-    steady = [(s, serve_of(steady_of(s, setting, options), setting, options)) for s in streams]
-    all_rows = sum(serve.rows[0] for _, serve in steady)
+    return _load(_kinds(streams), model, setting, options)
+
+
+def _load(kinds: Counter[StreamView], model: LatencyModel, setting: Setting, options: PlannerOptions) -> float:
+    steady = [(s, serve_of(steady_of(s, setting, options), setting, options), count) for s, count in kinds.items()]
+    all_rows = sum(count * serve.rows[0] for _, serve, count in steady)
     denoise = model.line("denoise")
     total = 0.0
-    for stream, serve in steady:
+    for stream, serve, count in steady:
         full = min(all_rows, row_cap(model, serve.latent_frames, options))
         per_row_ms = denoise.unit_ms * serve.latent_frames + denoise.fixed_ms / max(full, serve.rows[0])
         vae_ms = sum(model.ms(stage, 1, serve.latent_frames) for stage in ("encode", "decode"))
-        total += (vae_ms + sum(serve.rows) * per_row_ms) / (1e3 * period_of(stream, setting, options))
+        busy_ms = vae_ms + sum(serve.rows) * per_row_ms
+        total += count * busy_ms / (1e3 * period_of(stream, setting, options))
     return total
+
+
+def _kinds(streams: Sequence[StreamView]) -> Counter[StreamView]:
+    """Streams that ask for the same cost the same: how many of each there are."""
+    asked = Counter((s.fps, s.steps, s.latent_frames, s.deadline_ms) for s in streams)
+    return Counter(
+        {
+            StreamView(stream_id=None, fps=fps, steps=steps, latent_frames=frames, deadline_ms=deadline_ms): count
+            for (fps, steps, frames, deadline_ms), count in asked.items()
+        }
+    )
 
 
 def row_cap(model: LatencyModel, latent_frames: int, options: PlannerOptions) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from streamdiff_core.admission import AdmissionOptions, admit
 from streamdiff_core.latency_model import LatencyModel
 from streamdiff_core.planner import calls_of, load, plan
 from streamdiff_core.scenarios import Network, Report, StreamRecord, Viewer
-from streamdiff_core.slo import PlannerOptions, PlannerState, Serve, Setting, StreamView, Tick
+from streamdiff_core.slo import PlannerOptions, PlannerState, Serve, Setting, StreamView, Tick, inbox_frames_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +38,7 @@ class World:
     policy: Callable[..., Tick] = plan
     """``plan`` or ``plan_fifo``."""
     inbox_chunks: float = 2.0
-    """Frames kept per stream, in chunks of 4; older ones are dropped. ``inf``: the unbounded queue upstream has."""
+    """Frames kept per stream, in chunks; older ones are dropped. ``inf``: the unbounded queue upstream has."""
     noise: float = 0.05
     """Relative spread of a call's time."""
     hiccups: float = 0.005
@@ -138,7 +137,8 @@ class _Replica:
     def __init__(self, world: World) -> None:
         self.streams: dict[int, _Stream] = {}
         self.model = world.prior() if world.prior else world.true_model
-        self.state, self.is_busy, self.wake_s, self.learns = PlannerState(), False, math.inf, world.prior is not None
+        self.state, self.setting = PlannerState(), Setting()
+        self.is_busy, self.learns = False, world.prior is not None
 
     def views(self) -> list[StreamView]:
         return [stream.view() for stream in self.streams.values()]
@@ -214,7 +214,8 @@ class _Simulation:
     def arrive(self, stream: _Stream, replica: _Replica, times_s: Iterator[float]) -> None:
         if stream.is_closed:
             return
-        stream.take_in(self.now_s, 1 + 4 * self.world.inbox_chunks)
+        room = inbox_frames_of(stream.view(), replica.setting, self.world.options, self.world.inbox_chunks)
+        stream.take_in(self.now_s, room)
         self.report.longest_inbox = max(self.report.longest_inbox, len(stream.inbox))
         self.at(next(times_s), self.arrive, stream, replica, times_s)
         self.tick(replica)
@@ -223,7 +224,7 @@ class _Simulation:
         if replica.is_busy:
             return
         tick = self.world.policy(replica.views(), replica.model, replica.state, self.now_s, self.world.options)
-        replica.state = tick.state
+        replica.state, replica.setting = tick.state, tick.setting
         if not tick.serves:
             return
         self.report.levels.append((self.now_s, tick.state.level))

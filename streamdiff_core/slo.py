@@ -168,6 +168,11 @@ def num_frames_of(stream: StreamView, setting: Setting, options: PlannerOptions)
     return count, math.ceil(count / setting.keep - 1e-9)
 
 
+def inbox_frames_of(stream: StreamView, setting: Setting, options: PlannerOptions, num_chunks: float = 2) -> float:
+    """Frames an inbox has to hold; a smaller one would never fill the longer chunks of a degraded quality."""
+    return num_chunks * num_frames_of(stream, setting, options)[1]
+
+
 def is_ready(stream: StreamView, setting: Setting, options: PlannerOptions) -> bool:
     """Whether a whole chunk waits."""
     return len(stream.arrivals_s) >= num_frames_of(stream, setting, options)[1]
