@@ -43,6 +43,13 @@ def test_whatever_is_measured_more_rows_never_cost_less(points, fixed, unit):
     assert line.fixed_ms >= 0 and line.unit_ms >= 0 and math.isfinite(line.ms(16)) and line.ms(1) > 0
 
 
+def test_neither_part_ever_turns_negative():
+    """Bigger calls that were faster: flat. A line that would start below zero: through the origin."""
+    assert fit_line([1, 2, 4, 8] * 10, [10.0, 9.5, 9.0, 8.5] * 10, Line(9.0, 0.01)).unit_ms == 0
+    steep = fit_line([2, 4, 8] * 10, [10.0, 28.0, 60.0] * 10, Line(0.01, 7.0))
+    assert steep.fixed_ms == 0 and 5 < steep.unit_ms < 7.5
+
+
 def test_calls_of_one_size_take_the_slope_from_the_scaled_prior():
     """Only forwards of two rows, on a machine three times slower than the prior thought."""
     fitted = fit_line([2] * 50, [3 * PRIOR.ms(2)] * 50, PRIOR)
