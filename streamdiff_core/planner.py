@@ -157,17 +157,17 @@ def load(streams: Sequence[StreamView], model: LatencyModel, setting: Setting, o
 
 
 def _load(kinds: Counter[StreamView], model: LatencyModel, setting: Setting, options: PlannerOptions) -> float:
-    steady = [(s, serve_of(steady_of(s, setting, options), setting, options), count) for s, count in kinds.items()]
-    all_rows = sum(count * serve.rows[0] for _, serve, count in steady)
-    denoise = model.line("denoise")
-    total = 0.0
-    for stream, serve, count in steady:
-        full = min(all_rows, row_cap(model, serve.latent_frames, options))
-        per_row_ms = denoise.unit_ms * serve.latent_frames + denoise.fixed_ms / max(full, serve.rows[0])
+    """Fixed costs are shared, but there are at least as many forwards as the busiest stream has."""
+    denoise, work_ms, full_forwards, own_forwards = model.line("denoise"), 0.0, 0.0, 0.0
+    for stream, count in kinds.items():
+        serve = serve_of(steady_of(stream, setting, options), setting, options)
+        per_s = 1 / period_of(stream, setting, options)
         vae_ms = sum(model.ms(stage, 1, serve.latent_frames) for stage in ("encode", "decode"))
-        busy_ms = vae_ms + sum(serve.rows) * per_row_ms
-        total += count * busy_ms / (1e3 * period_of(stream, setting, options))
-    return total
+        work_ms += count * per_s * (vae_ms + sum(serve.rows) * serve.latent_frames * denoise.unit_ms)
+        cap = max(row_cap(model, serve.latent_frames, options), serve.rows[0])
+        full_forwards += count * per_s * sum(serve.rows) / cap
+        own_forwards = max(own_forwards, per_s * len(serve.rows))
+    return (work_ms + denoise.fixed_ms * max(full_forwards, own_forwards)) / 1e3
 
 
 def _kinds(streams: Sequence[StreamView]) -> Counter[StreamView]:
