@@ -16,7 +16,8 @@ from streamdiff_core.types import CheckpointError, StreamClosedError, VideoReadE
 if TYPE_CHECKING:
     from streamdiff_core.drift import Drift, DriftMeter
     from streamdiff_core.live_engine import LiveEngine, ServerFullError
-    from streamdiff_core.live_stream import LiveReply, LiveStream
+    from streamdiff_core.live_events import LiveReply
+    from streamdiff_core.live_stream import LiveStream
     from streamdiff_core.pipeline import StreamPipeline
     from streamdiff_core.recipe import OptionEvent, PromptEvent, Recipe
     from streamdiff_core.session import StreamSession
@@ -29,7 +30,7 @@ _LAZY = {
     "Drift": "drift",
     "DriftMeter": "drift",
     "LiveEngine": "live_engine",
-    "LiveReply": "live_stream",
+    "LiveReply": "live_events",
     "LiveStream": "live_stream",
     "ServerFullError": "live_engine",
     "OptionEvent": "recipe",

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamdiff_core.live_stream import LiveStream, _sentence, error_event
+from streamdiff_core.live_events import error_event, sentence
+from streamdiff_core.live_stream import LiveStream
 from streamdiff_core.pipeline import StreamPipeline
 from streamdiff_core.recorder import RecordingShelf
 from streamdiff_core.stream_options import Prompt
@@ -167,7 +168,7 @@ class LiveEngine:
             self._chunk_ms = measure_chunk_ms(pipe)
         except Exception as error:
             logger.exception("the model could not be loaded")
-            self._failure = f"The model could not be loaded: {_sentence(error)}."
+            self._failure = f"The model could not be loaded: {sentence(error)}."
         else:
             self.pipe = pipe
 
@@ -206,18 +207,18 @@ class LiveEngine:
                 self._shrink(stream)
             elif is_first and isinstance(error, ValueError):
                 action = "Choose another setting and start again."
-                self._give_up(stream, error_event("bad_setting", f"{_sentence(error)}.", action, fatal=True))
+                self._give_up(stream, error_event("bad_setting", f"{sentence(error)}.", action, fatal=True))
             elif is_first or stream.num_failures > MAX_FAILURES:
                 raise error
             else:
                 logger.error("a chunk failed", exc_info=error)
                 stream.restart(self.pipe)
-                sentence = "One chunk failed in the model; the stream was started anew and goes on."
-                stream.emit(error_event("worker_crash", sentence, "Nothing to do."))
+                words = "One chunk failed in the model; the stream was started anew and goes on."
+                stream.emit(error_event("worker_crash", words, "Nothing to do."))
         except Exception as fatal:
             logger.error("a stream is given up", exc_info=fatal)
-            sentence, action = "The model keeps failing on this stream.", "Press Start for a new one."
-            self._give_up(stream, error_event("worker_crash", sentence, action, fatal=True))
+            words, action = "The model keeps failing on this stream.", "Press Start for a new one."
+            self._give_up(stream, error_event("worker_crash", words, action, fatal=True))
 
     def _shrink(self, stream: LiveStream) -> None:
         """Out of memory: one step and the smallest cache; if it has those already, the end."""
@@ -229,12 +230,12 @@ class LiveEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if cache is None or (stream.options.steps == 1 and stream.options.cache == cache):
-            sentence, action = "There is not enough memory for this stream.", "Close other tabs, then press Start."
-            self._give_up(stream, error_event("out_of_memory", sentence, action, fatal=True))
+            words, action = "There is not enough memory for this stream.", "Close other tabs, then press Start."
+            self._give_up(stream, error_event("out_of_memory", words, action, fatal=True))
             return
         stream.restart(self.pipe, steps=1, cache=cache)
-        sentence = "Memory ran out; the stream goes on with 1 step and the smallest cache."
-        stream.emit(error_event("out_of_memory", sentence, "Raise steps and window again when other tabs are closed."))
+        words = "Memory ran out; the stream goes on with 1 step and the smallest cache."
+        stream.emit(error_event("out_of_memory", words, "Raise steps and window again when other tabs are closed."))
 
     def _give_up(self, stream: LiveStream, event: dict[str, Any]) -> None:
         self.close(stream)
@@ -248,8 +249,8 @@ class LiveEngine:
             try:
                 if stream.session is not None:
                     stream.restart(self.pipe)
-                sentence = "The model stopped and was started again; your stream goes on from a fresh state."
-                stream.emit(error_event("worker_crash", sentence, "Nothing to do."))
+                words = "The model stopped and was started again; your stream goes on from a fresh state."
+                stream.emit(error_event("worker_crash", words, "Nothing to do."))
             except Exception as error:
                 self._handle(stream, error)
 
@@ -259,13 +260,13 @@ class LiveEngine:
         for stream in list(self._streams):
             quiet_since_s = stream.inbox.last_arrival_s if stream.inbox is not None else stream.opened_s
             if self.lifetime_s is not None and now - stream.opened_s > self.lifetime_s:
-                sentence = f"This stream ended after its {self.lifetime_s / 60:.0f} minutes, so that others get a turn."
-                self._give_up(stream, error_event("timeout", sentence, "Press Start for a new one.", fatal=True))
+                words = f"This stream ended after its {self.lifetime_s / 60:.0f} minutes, so that others get a turn."
+                self._give_up(stream, error_event("timeout", words, "Press Start for a new one.", fatal=True))
             elif self.idle_s is not None and now - quiet_since_s > self.idle_s:
                 if self._idle_told.get(stream) != quiet_since_s:
                     self._idle_told[stream] = quiet_since_s
-                    sentence = f"No frame came for {self.idle_s:.0f} s; the stream is kept."
-                    stream.emit(error_event("timeout", sentence, "Start the camera or a clip again."))
+                    words = f"No frame came for {self.idle_s:.0f} s; the stream is kept."
+                    stream.emit(error_event("timeout", words, "Start the camera or a clip again."))
 
 
 def measure_chunk_ms(pipe: StreamPipeline) -> float:

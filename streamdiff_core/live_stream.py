@@ -9,7 +9,6 @@ knows about sockets.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,50 +18,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamdiff_core.config import CacheConfig
 from streamdiff_core.drift import DriftMeter
 from streamdiff_core.frames import resize_and_crop
+from streamdiff_core.live_events import Event, LiveReply, Outbox, error_event, sentence
 from streamdiff_core.live_inbox import Inbox, LiveFrame
 from streamdiff_core.live_meter import LiveMeter
 from streamdiff_core.recipe import Recipe
 from streamdiff_core.recorder import Recorder, RecordingShelf
-from streamdiff_core.stream_options import Prompt, StreamOptions
+from streamdiff_core.stream_options import FIXED_OPTIONS, Prompt, StreamOptions
 
 if TYPE_CHECKING:
     from streamdiff_core.pipeline import StreamPipeline
     from streamdiff_core.session import StreamSession
 
-MAX_REPLIES = 2
-"""Chunks that may wait for the connection; with more the model waits and the inbox thins out."""
 MAX_WISHES = 64
 """Changes that may wait for the next chunk."""
 MAX_SIDE_PX = 1024
 """Longest side that a viewer may ask for."""
 STATS_EVERY_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class LiveReply:
-    """One chunk of output."""
-
-    chunk: int
-    """Number of the chunk in the stream."""
-    frames: list[tuple[int, np.ndarray]]
-    """(sequence number of the input frame, uint8 [height, width, 3])."""
-    ack: int
-    """Newest sequence number consumed or dropped."""
-    model_ms: float
-    """Time of the model call that finished it."""
-    noise_scale: float
-    """Noise scale of the newest chunk in the model."""
-    motion: float
-    """Motion of the newest chunk in the model."""
-    prompt_id: int
-    """Prompt that the chunk was made with: 0 the first, then one more with each change."""
-
-
-Event = LiveReply | dict[str, Any]
-"""What a connection gets: a chunk, or a message with a ``type``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +45,6 @@ class _InFlight:
     prompt_id: int
     arrived_s: float
     pixels: np.ndarray
-
-
-def error_event(code: str, sentence: str, action: str, *, fatal: bool = False) -> dict[str, Any]:
-    """A failure as one sentence and one thing to do."""
-    return {"type": "error", "code": code, "sentence": sentence, "action": action, "fatal": fatal}
 
 
 class LiveStream:
@@ -100,13 +68,11 @@ class LiveStream:
         self.inbox: Inbox | None = None
         self.opened_s = clock()
         self.recordings: list[str] = []
-        self._asked, self._notify, self._clock, self._shelf = dict(options), notify, clock, shelf
+        self._asked, self._clock, self._shelf = dict(options), clock, shelf
         self._recorder: Recorder | None = None
         self._meter = LiveMeter(clock=clock)
-        self._lock = threading.Lock()
+        self._outbox = Outbox(notify)
         self._wishes: deque[tuple[Callable[..., None], tuple[Any, ...], float]] = deque()
-        self._events: deque[Event] = deque()
-        self._num_replies = 0
         self._in_flight: deque[_InFlight] = deque()
         self._news_at: dict[int, list[tuple[dict[str, Any], float]]] = {}
         self._prompt_id = 0
@@ -163,10 +129,7 @@ class LiveStream:
 
     def next_event(self) -> Event | None:
         """The oldest thing to send, None if there is none."""
-        with self._lock:
-            event = self._events.popleft() if self._events else None
-            self._num_replies -= isinstance(event, LiveReply)
-            return event
+        return self._outbox.take()
 
     @property
     def ack(self) -> int:
@@ -179,18 +142,13 @@ class LiveStream:
         return self.inbox.chunk_frames + (1 if self._is_fresh else 0)
 
     @property
-    def has_room(self) -> bool:
-        """Whether the connection keeps up with what it is sent."""
-        return self._num_replies < MAX_REPLIES
-
-    @property
     def is_ready(self) -> bool:
         """Whether the model's thread has something to do here."""
         if self.is_closed:
             return False
         if self.session is None or self._wishes:
             return True
-        return self.has_room and (self._is_finishing or len(self.inbox) >= self.frames_wanted)
+        return self._outbox.has_room and (self._is_finishing or len(self.inbox) >= self.frames_wanted)
 
     @property
     def nbytes(self) -> int:
@@ -210,8 +168,8 @@ class LiveStream:
             try:
                 grant(*args, asked_s)
             except ValueError as error:
-                self.emit(error_event("bad_setting", f"{_sentence(error)}.", "The stream goes on as it was."))
-        if self.is_closed or not self.has_room:
+                self.emit(error_event("bad_setting", f"{sentence(error)}.", "The stream goes on as it was."))
+        if self.is_closed or not self._outbox.has_room:
             return
         if len(self.inbox) >= self.frames_wanted:
             self._run_chunk()
@@ -238,11 +196,8 @@ class LiveStream:
             self.session = None
 
     def emit(self, event: Event) -> None:
-        """Queue something for the connection and wake it."""
-        with self._lock:
-            self._events.append(event)
-            self._num_replies += isinstance(event, LiveReply)
-        self._notify()
+        """Tell the viewer."""
+        self._outbox.put(event)
 
     def stats(self) -> dict[str, Any]:
         """Figures for the page, without those that the engine adds."""
@@ -276,7 +231,18 @@ class LiveStream:
         return max(2, depth) * chunk_ms + self.chunk_ms
 
     def _begin(self, pipe: StreamPipeline) -> None:
-        session = pipe.start(self.prompt, **start_options(pipe, self._asked))
+        shape = {name: self._asked.pop(name) for name in FIXED_OPTIONS if name in self._asked}
+        for name in {"width", "height"} & shape.keys():
+            if not (isinstance(shape[name], int) and 64 <= shape[name] <= MAX_SIDE_PX):
+                raise ValueError(f"{name} must be a whole number from 64 to {MAX_SIDE_PX}")
+        if shape.get("mode", "v2v") != "v2v":
+            raise ValueError("a live stream has the mode v2v")
+        session = pipe.start(self.prompt, **shape)
+        try:
+            session.set_options(**self._asked)
+        except ValueError:
+            session.close()
+            raise
         preset = pipe.preset
         self._fps = preset.fps
         chunk_frames = preset.vae.temporal_stride * session.options.latent_frames_per_chunk
@@ -432,28 +398,3 @@ class LiveStream:
     def _announce(self, news: dict[str, Any], asked_s: float) -> None:
         """Say so when the first chunk with the change comes out."""
         self._news_at.setdefault(self.num_chunks, []).append((news, asked_s))
-
-
-def start_options(pipe: StreamPipeline, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """A viewer's options as arguments of ``pipe.start``.
-
-    Raises:
-        ValueError: unknown option, one that a live stream cannot have, or a size that is too large.
-    """
-    own, of_cache = ({f.name for f in fields(kind)} for kind in (StreamOptions, CacheConfig))
-    known = (own | of_cache) - {"mode", "cache", "deadline_ms"}
-    for name, value in asked.items():
-        if name not in known:
-            raise ValueError(f"unknown option {str(name)[:40]!r}; known: {', '.join(sorted(known))}")
-        if name in ("width", "height") and not (isinstance(value, int) and 64 <= value <= MAX_SIDE_PX):
-            raise ValueError(f"{name} must be a whole number from 64 to {MAX_SIDE_PX}")
-    options = {name: value for name, value in asked.items() if name in own}
-    if cache := {name: value for name, value in asked.items() if name in of_cache}:
-        options["cache"] = pipe.with_cache(**cache)
-    return options
-
-
-def _sentence(error: BaseException) -> str:
-    """An error's text as a sentence without its full stop."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text[0].upper() + text[1:]).rstrip(".")

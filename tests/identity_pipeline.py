@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from random_pipeline import RANDOM_PRESET, SIDE
 
-from streamdiff_core.config import CacheConfig, Preset
+from streamdiff_core.config import Preset
 from streamdiff_core.frames import resize_and_crop
-from streamdiff_core.pipeline import StreamPipeline
 from streamdiff_core.session import StreamSession
-from streamdiff_core.stream_options import StreamOptions, StreamStats
+from streamdiff_core.stream_options import StreamOptions, StreamStats, change_options, check_options
 from streamdiff_core.types import StreamClosedError
 
 
@@ -81,7 +80,7 @@ class IdentitySession:
         self.switches.append((prompt, on_switch))
 
     def set_options(self, **changes: object) -> None:
-        self.options = _changed(self.options, changes)
+        self.options = change_options(self.options, changes, self.pipe.preset)
         self.noise_scale = self.options.noise_scale
 
     def close(self) -> None:
@@ -138,24 +137,9 @@ class IdentityPipeline:
 
     def start(self, prompt: object, **options: object) -> IdentitySession:
         self.threads.add(threading.current_thread().name)
-        start = StreamOptions(width=self.side, height=self.side)
-        session = IdentitySession(self, prompt, _changed(start, options))
+        options = StreamOptions(**{"width": self.side, "height": self.side, "cache": self.preset.cache} | options)
+        check_options(options, self.preset)
+        session = IdentitySession(self, prompt, options)
         self.num_open += 1
         self.sessions.append(session)
         return session
-
-    def with_cache(self, **changes: object) -> CacheConfig:
-        return StreamPipeline.with_cache(self, **changes)
-
-
-def _changed(options: StreamOptions, changes: dict[str, object]) -> StreamOptions:
-    from dataclasses import replace
-
-    names = set(StreamOptions.__dataclass_fields__)
-    cache = {k: v for k, v in changes.items() if k not in names}
-    own = {k: v for k, v in changes.items() if k in names}
-    if not 1 <= own.get("steps", 1) <= 4:
-        raise ValueError(f"steps must be between 1 and 4, got {own['steps']}")
-    if cache:
-        own["cache"] = replace(options.cache, **cache)
-    return replace(options, **own)

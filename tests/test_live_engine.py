@@ -11,7 +11,7 @@ from identity_pipeline import IdentityPipeline
 from random_pipeline import moving_frames, random_pipeline, stream
 
 from streamdiff_core.live_engine import LiveEngine, ServerFullError, is_out_of_memory
-from streamdiff_core.live_stream import LiveReply
+from streamdiff_core.live_events import LiveReply
 
 FRAMES = moving_frames(61)
 

@@ -13,8 +13,8 @@ from random_pipeline import RANDOM_PRESET, SIDE, moving_frames, random_pipeline
 from streamdiff_core import recorder as recorder_module
 from streamdiff_core.config import PRESETS
 from streamdiff_core.live_engine import LiveEngine
+from streamdiff_core.live_events import LiveReply
 from streamdiff_core.live_inbox import LiveFrame
-from streamdiff_core.live_stream import LiveReply
 from streamdiff_core.recipe_files import load_recipe, recipe_input
 from streamdiff_core.recorder import Recorder, RecordingShelf
 from streamdiff_core.restyle import run_recipe
