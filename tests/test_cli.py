@@ -227,3 +227,17 @@ def test_help_is_quick_and_module_runs() -> None:
         [sys.executable, "-m", "streamdiff_core", "--version"], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert (result.returncode, result.stdout) == (0, f"streamdiff {__version__}\n")
+
+
+def test_demo_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """No gradio; no checkout around the package."""
+    for name in [m for m in sys.modules if m == "demo" or m.startswith("demo.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["demo", "--no-browser"]) == 2
+    assert "needs gradio" in one_line(capsys.readouterr().err)
+    monkeypatch.setattr("streamdiff_core.cli.__file__", str(tmp_path / "site-packages" / "streamdiff_core" / "cli.py"))
+    assert main(["demo", "--no-browser"]) == 2
+    assert "clone the repository" in one_line(capsys.readouterr().err)
