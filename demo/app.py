@@ -22,6 +22,8 @@ FOLDER = Path(__file__).resolve().parent
 if str(FOLDER.parent) not in sys.path:  # run as a script, as a Space does
     sys.path.insert(0, str(FOLDER.parent))
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+if "SPACES_ZERO_GPU" in os.environ:
+    import spaces  # the platform's own package; it must come before torch
 
 import gradio as gr  # noqa: E402
 import uvicorn  # noqa: E402
@@ -115,6 +117,9 @@ def serve(*, host: str | None = None, port: int | None = None, open_browser: boo
     Raises:
         OSError: the port is taken, or the address is not one of this computer.
     """
+    if "SPACES_ZERO_GPU" in os.environ:
+        serve_zero_gpu(app_options.get("preset", "tiny"))
+        return
     on_space = "SPACE_ID" in os.environ
     if on_space:
         app_options.setdefault("lifetime_s", 600.0)
@@ -126,6 +131,14 @@ def serve(*, host: str | None = None, port: int | None = None, open_browser: boo
     if open_browser and not on_space and has_display():
         threading.Timer(1.0, webbrowser.open, [url]).start()
     make_server(app).run(sockets=[listener])
+
+
+def serve_zero_gpu(preset: str) -> None:
+    """The page whose model runs in Gradio events; launched by Gradio, as the platform expects."""
+    from demo.zerogpu import build_ui
+
+    pipe = StreamPipeline.from_preset(preset, device="cuda")
+    build_ui(pipe, spaces).launch(server_name="0.0.0.0", server_port=7860, ssr_mode=False)
 
 
 def make_server(app: FastAPI) -> uvicorn.Server:

@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
+from identity_pipeline import IdentityPipeline
 
 from demo import app
 from streamdiff_core.cli import main
@@ -52,6 +54,20 @@ def test_a_space_listens_to_the_world_with_a_time_limit(monkeypatch):
     monkeypatch.setattr(app.webbrowser, "open", lambda url: seen.update(url=url))
     app.serve()
     assert (seen["host"], seen["port"], seen["lifetime_s"]) == ("0.0.0.0", 7860, 600.0) and "url" not in seen
+
+
+def test_zero_gpu_gets_the_page_without_a_socket(monkeypatch):
+    seen = {}
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    monkeypatch.setattr(app, "spaces", SimpleNamespace(GPU=lambda duration: lambda f: f), raising=False)
+    load = lambda preset, device: seen.update(preset=preset, device=device) or IdentityPipeline()  # noqa: E731
+    monkeypatch.setattr(app.StreamPipeline, "from_preset", load)
+    monkeypatch.setattr(app.gr.Blocks, "launch", lambda self, **options: seen.update(options))
+    monkeypatch.setattr(app, "create_app", lambda **_: pytest.fail("no GPU work from a socket there"))
+    app.serve(preset="tiny")
+    assert seen == {
+        "preset": "tiny", "device": "cuda", "server_name": "0.0.0.0", "server_port": 7860, "ssr_mode": False,
+    }  # fmt: skip
 
 
 @pytest.mark.slow
