@@ -52,6 +52,16 @@ def test_x0_from_the_model_s_velocity(model, prompts):
     assert x0.shape == row.xt.shape and not x0.requires_grad
 
 
+def test_each_latent_frame_at_its_own_level(model, prompts):
+    """A row of frames at mixed levels: x0 of each with its own sigma, the model told each timestep."""
+    row = make_row(1, [0, 1], prompts[0], sigma=(0.3, 0.8), timestep=(300.0, 800.0))
+    (x0,) = Engine(model).forward([(new_cache(model), row)])
+    told = torch.tensor([[300.0, 800.0]], dtype=torch.float64)
+    velocity = model(row.xt[None], told, [prompts[0]], [new_cache(model).begin(0, (0, 1))])[0]
+    assert_close(x0[0], row.xt[0] - 0.3 * velocity[0], **TOLERANCE)
+    assert_close(x0[1], row.xt[1] - 0.8 * velocity[1], **TOLERANCE)
+
+
 def test_mixed_rows_equal_rows_alone(model, prompts):
     """Two streams, three prompts, other levels, positions, lengths and fill levels; twice, so that caches
     matter.

@@ -98,6 +98,7 @@ def test_draws_belong_to_seed_and_chunk():
         return asked(rule, *([a[None], b[None]] * 40))
 
     assert draws(1) == draws(1) != draws(2)
+    assert True in draws(1)[1:] and draws(1)[1::2].count(False) > 5  # chance falls per chunk, not once per stream
 
 
 # --- guidance -----------------------------------------------------------------------------------------------

@@ -32,13 +32,13 @@ Scorer = Callable[[Tensor, Chunk, "Past | None"], float]
 
 
 def score_motion(x0: Tensor, chunk: Chunk, past: Past | None) -> float:
-    """Moves as much as the input: minus the largest gap between the RMS changes of output and input."""
-    changes = _changes(x0, past and past.x0), _changes(chunk.latents, past and past.source)
-    return -(changes[0] - changes[1]).abs().max().item() if len(changes[0]) else 0.0
+    """Moves as much as the input: minus the largest gap between the relative changes of output and input; 0 at best."""
+    output, source = _changes(x0, past and past.x0), _changes(chunk.latents, past and past.source)
+    return -(output - source).abs().max().item() if len(output) else 0.0
 
 
 def score_steadiness(x0: Tensor, chunk: Chunk, past: Past | None) -> float:
-    """Flickers least: minus the largest RMS change from one latent frame to the next."""
+    """Flickers least: minus the largest relative change from one latent frame to the next; 0 at best."""
     changes = _changes(x0, past and past.x0)
     return -changes.max().item() if len(changes) else 0.0
 
@@ -65,10 +65,14 @@ def get_scorer(name: str) -> Scorer:
 
 
 def _changes(frames: Tensor, before: Tensor | None) -> Tensor:
-    """RMS change of each frame [F, C, h, w] against the one before it; the first has none without ``before``."""
+    """RMS change of each frame [F, C, h, w] against the one before it, next to the RMS of the chunk.
+
+    The first frame has none without ``before``. Relative, so that input and output of another contrast compare.
+    """
+    size = frames.float().square().mean().sqrt().clamp_min(1e-6)
     if before is not None:
         frames = torch.cat([before[None], frames])
-    return _rms((frames[1:] - frames[:-1]).float())
+    return _rms((frames[1:] - frames[:-1]).float()) / size
 
 
 def _rms(frames: Tensor) -> Tensor:

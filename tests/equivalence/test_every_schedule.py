@@ -19,7 +19,7 @@ OPTIONS = {
     "step lists": dict(schedule="sequential", steps=2, schedule_options=dict(step_lists="diagonal")),
     "rolling_window": dict(steps=3),
     "timestep_parallel": dict(steps=3),
-    "speculative": dict(steps=2, schedule_options=dict(threshold=-1.3)),
+    "speculative": dict(steps=2, schedule_options=dict(threshold=-0.8)),
     "best_of": dict(steps=2, schedule_options=dict(candidates=2, carry=-0.1)),
 }
 
