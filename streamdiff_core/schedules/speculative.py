@@ -39,8 +39,8 @@ class Speculative:
     draft_steps: int
     """Steps of the draft, fewer than ``steps``."""
     threshold: float
-    """Lowest score that is accepted; ``motion`` and ``steadiness`` are 0 at best. On the bundled model and clip -0.1 keeps
-    about half the drafts of ``oil`` and most of ``pencil``."""
+    """Lowest score that is accepted; ``motion`` and ``steadiness`` are 0 at best. On the bundled model and clip, -0.1
+    keeps about half the drafts of ``oil`` and most of ``pencil``."""
     scorer: str
     """``motion``, ``steadiness`` or ``detail``."""
 

@@ -16,6 +16,8 @@ from streamdiff_core.config import CacheConfig
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.schedules import SCHEDULES, knobs_of
 
+pytestmark = pytest.mark.slow  # a few hundred short streams
+
 NUM_FRAMES = 61
 PAIRS = [
     (policy, schedule, clean_pass)
@@ -53,7 +55,7 @@ def test_pair(pipe, policy, schedule, clean_pass):
 
 @pytest.mark.parametrize("policy, schedule", [(p, s) for p in sorted(POLICIES) for s in sorted(SCHEDULES)])
 def test_memory_of_a_pair(pipe, policy, schedule):
-    """Grows at first, then never again, unless the policy says that it has no bound."""
+    """What a policy keeps besides its slots, and what is kept for re-caching, may breathe but not grow."""
     try:
         session = pipe.start("pencil", policy=policy, schedule=schedule, steps=2)
     except ValueError:
@@ -62,4 +64,4 @@ def test_memory_of_a_pair(pipe, policy, schedule):
     for start in range(0, len(clip), 4):
         session.push(clip[start : start + 4])
         sizes.append(session.nbytes)
-    assert len(set(sizes[40:])) == 1
+    assert max(sizes[45:]) <= max(sizes[25:45])
