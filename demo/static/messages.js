@@ -1,23 +1,46 @@
 /* What the page says: one status line for what happened, one banner for what went wrong (one sentence, one action). */
 
-const HTTPS = "Browsers give the camera only to pages on https or localhost, so the sample clip plays on.";
+/** What is said when a source starts. */
+export const PLAYING = {
+  sample: "Playing the sample clip.",
+  camera: "Camera on. Frames are processed in memory and not kept.",
+  file: "Playing your file from this computer, over and over.",
+  screen: "Showing your screen. Frames are processed in memory and not kept.",
+};
+export const NO_RECIPE = "No recipe yet: the stream is not running.";
 
 /** code -> [sentence, label of the action, name of the action (see `stream.js`)] */
 const FAILURES = {
-  camera_denied: ["The camera is blocked for this page: allow it beside the address bar, then try again.", "Try again", "camera"],
+  camera_denied: [
+    "The camera is blocked for this page: allow it beside the address bar, then try again.",
+    "Try again",
+    "camera",
+  ],
   no_camera: ["No camera was found: connect one, then look again.", "Look again", "camera"],
   camera_busy: ["The camera could not be started, perhaps because another program uses it.", "Try again", "camera"],
   camera_gone: ["The camera was disconnected; the sample clip plays instead.", "Use the camera", "camera"],
-  insecure: [HTTPS, "Choose a video file", "choose_file"],
+  insecure: [
+    "Browsers give the camera only to pages on https or localhost, so the sample clip plays on.",
+    "Choose a video file",
+    "choose_file",
+  ],
   no_screen: ["This browser cannot share the screen.", "Choose a video file", "choose_file"],
   screen_denied: ["The screen was not shared, so the sample clip plays on.", "Try again", "screen"],
   screen_ended: ["Screen sharing has ended; the sample clip plays instead.", "Share again", "screen"],
-  file_too_large: ["Videos may have up to 200 MB and 10 minutes: this file is larger.", "Choose another", "choose_file"],
+  file_too_large: ["Videos may have up to 200 MB and 10 minutes: this one is larger.", "Choose another", "choose_file"],
   file_too_long: ["Videos may have up to 200 MB and 10 minutes: this one is longer.", "Choose another", "choose_file"],
-  file_unreadable: ["This browser cannot play that file: MP4 (H.264) and WebM work everywhere.", "Choose another", "choose_file"],
+  file_unreadable: [
+    "This browser cannot play that file: MP4 (H.264) and WebM work everywhere.",
+    "Choose another",
+    "choose_file",
+  ],
   bad_recipe: ["That file holds no recipe of this app.", "Choose another", "choose_file"],
   no_sample: ["The sample clip did not load.", "Try again", "sample"],
-  old_browser: ["This browser is too old for live video here: a current Chrome, Edge, Firefox or Safari works.", "Reload", "reload"],
+  old_browser: [
+    "This browser is too old for live video here: a current Chrome, Edge, Firefox or Safari works.",
+    "Reload",
+    "reload",
+  ],
 };
 
 /** What the button of a server error does. */
@@ -71,14 +94,16 @@ export class Messages {
 
   lost(wait_s) {
     const seconds = Math.max(1, Math.round(wait_s));
-    this.#show({ code: "lost", sentence: `The connection was lost; trying again in ${seconds} s with the same settings.`, label: "Reconnect now", action: "reconnect" });
+    const sentence = `The connection was lost; trying again in ${seconds} s with the same settings.`;
+    this.#show({ code: "lost", sentence, label: "Reconnect now", action: "reconnect" });
   }
 
   /** In the queue; said again with each new place, but not after the viewer has closed it. */
   waiting({ position, estimate_s }) {
     if (this.closed === "waiting") return;
     const time = estimate_s ? `, about ${Math.ceil(estimate_s)} s` : "";
-    this.#show({ code: "waiting", sentence: `The server is busy: place ${position} in line${time}.`, label: "Keep waiting", action: "dismiss" });
+    const sentence = `The server is busy: place ${position} in line${time}.`;
+    this.#show({ code: "waiting", sentence, label: "Keep waiting", action: "dismiss" });
   }
 
   /** Hide the banner if it shows one of these codes (all codes without arguments). */

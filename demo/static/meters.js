@@ -61,7 +61,7 @@ export class Meters {
     this.find("stack-legend").replaceChildren(...stages.map((s) => make("li", `stage-${s.name}`, label(s))));
   }
 
-  /** In the order of time. A frame before the newest that fills no slot was forgotten; the last few of them are shown. */
+  /** In the order of time. A frame before the newest that fills no slot was forgotten; the last few are shown. */
   #cache({ slots, noise_scale }) {
     const kept = new Set(slots.map(({ frame }) => frame));
     const newest = slots.find(({ frame }) => frame === Math.max(...kept));
@@ -75,8 +75,11 @@ export class Meters {
     this.cacheShown = signature;
     const cells = all.map((slot) => {
       const cell = make("div", slot.role);
-      cell.append(make("b", "", slot.frame), make("small", "", slot.position == null ? "gone" : `at ${slot.position}`));
-      cell.title = slot.position == null ? `Frame ${slot.frame} was forgotten` : `Frame ${slot.frame}, ${slot.role}, slot ${slot.slot}, position ${slot.position}`;
+      const { frame, role, position } = slot;
+      const isGone = role === "evicted";
+      cell.append(make("b", "", frame), make("small", "", isGone ? "gone" : `at ${position}`));
+      const place = `${role}, slot ${slot.slot}, position ${position}`;
+      cell.title = `Frame ${frame}: ${isGone ? "forgotten" : place}`;
       if (slot === newest) cell.classList.add("newest");
       return cell;
     });
@@ -128,7 +131,8 @@ export class Meters {
     const { motion, noise } = points.at(-1);
     this.#put("motion-now", (motion ?? 0).toFixed(2));
     this.#put("noise-now", (noise ?? 0).toFixed(2));
-    curve.ariaLabel = `Last ${points.length} chunks: motion now ${motion?.toFixed(2)}, noise scale ${noise?.toFixed(2)}`;
+    const now = `motion now ${motion?.toFixed(2)}, noise scale ${noise?.toFixed(2)}`;
+    curve.ariaLabel = `Last ${points.length} chunks: ${now}`;
   }
 
   #drift(drift) {

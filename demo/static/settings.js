@@ -43,12 +43,14 @@ export class Settings {
   /** Short name of the prompt for the status line. */
   get promptName() {
     const style = this.styles.find(({ dataset }) => dataset.prompt === this.prompt);
-    const text = style?.querySelector("span").textContent ?? (typeof this.prompt === "string" ? this.prompt : "Mixed prompts");
+    const written = typeof this.prompt === "string" ? this.prompt : "Mixed prompts";
+    const text = style?.querySelector("span").textContent ?? written;
     return text.length > LONGEST_NAME ? `${text.slice(0, LONGEST_NAME - 1)}…` : text;
   }
 
   get changedNames() {
-    return this.changed.length < 3 ? this.changed.map((name) => NAMES[name]).join(" and ") || "Settings" : "Settings";
+    const names = this.changed.map((name) => NAMES[name]);
+    return names.length === 1 || names.length === 2 ? names.join(" and ") : "Settings";
   }
 
   /** The server's settings, of a fresh stream or after a change. */

@@ -3,6 +3,12 @@
 
 const MAX_FILE_BYTES = 200e6;
 const MAX_FILE_S = 600;
+const CAMERA_FAILURES = {
+  NotAllowedError: "camera_denied",
+  SecurityError: "camera_denied",
+  NotFoundError: "no_camera",
+  OverconstrainedError: "no_camera",
+};
 
 /** `code` names the failure; messages.js has its sentence and its action. */
 export class SourceError extends Error {
@@ -33,10 +39,7 @@ export class Source {
     const size = { width: { ideal: 640 }, height: { ideal: 480 }, frameRate: { ideal: 30 } };
     const video = deviceId ? { ...size, deviceId: { exact: deviceId } } : size;
     const stream = await navigator.mediaDevices.getUserMedia({ video, audio: false }).catch((error) => {
-      throw new SourceError(
-        { NotAllowedError: "camera_denied", NotFoundError: "no_camera", OverconstrainedError: "no_camera" }[error.name] ??
-          "camera_busy",
-      );
+      throw new SourceError(CAMERA_FAILURES[error.name] ?? "camera_busy");
     });
     await this.#live("camera", stream, "camera_gone");
   }

@@ -1,9 +1,9 @@
 /* Entry of the page: joins source, worker, socket, player, stage, meters and messages, and offers `window.streamdiff`.
-   Gradio's controls call `set` and `prompt`; tests read `metrics()` and `lastFrame`. Addresses are relative to this file,
-   so the page works below any path and on https. */
+   Gradio's controls call `set` and `prompt`; tests read `metrics()` and `lastFrame`. Addresses are relative to this
+   file, so the page works below any path and on https. */
 
 import { Frames } from "./frames.js";
-import { Messages } from "./messages.js";
+import { Messages, NO_RECIPE, PLAYING } from "./messages.js";
 import { Meters } from "./meters.js";
 import { Player } from "./player.js";
 import { downloadRecipe, downloadSnapshot, readRecipe } from "./recipe.js";
@@ -15,12 +15,6 @@ import { Stage } from "./stage.js";
 const ROOT = new URL("..", import.meta.url);
 const REFRESH_MS = 500;
 const RECIPE_TIMEOUT_MS = 3000;
-const PLAYING = {
-  sample: "Playing the sample clip.",
-  camera: "Camera on. Frames are processed in memory and not kept.",
-  file: "Playing your file from this computer, over and over.",
-  screen: "Showing your screen. Frames are processed in memory and not kept.",
-};
 const LIGHTER = { steps: 1, window_frames: 2 };
 
 class StreamDiff {
@@ -33,7 +27,8 @@ class StreamDiff {
     this.meters = new Meters(root, () => this.anchor());
     this.player = new Player((frame) => this.stage.draw(frame));
     const video = root.querySelector("#sd-video");
-    this.source = new Source(video, new URL("sample.mp4", ROOT).href, (v, now) => this.frames.capture(v, now, this.source.mirror), (code) => this.#fallBack(code));
+    const onFrame = (frame, now) => this.frames.capture(frame, now, this.source.mirror);
+    this.source = new Source(video, new URL("sample.mp4", ROOT).href, onFrame, (code) => this.#fallBack(code));
     const address = new URL("stream", ROOT);
     address.protocol = address.protocol.replace("http", "ws");
     this.socket = new Socket(address.href, {
@@ -47,7 +42,8 @@ class StreamDiff {
     for (const button of root.querySelectorAll(".sd-style")) button.onclick = () => this.prompt(button.dataset.prompt);
     setInterval(() => this.meters.showPage(this.metrics(), this.stats), REFRESH_MS);
     this.use("sample");
-    this.socket.connect();
+    if (window.OffscreenCanvas) this.socket.connect();
+    else this.messages.fail("old_browser");
   }
 
   // --- what controls and tests call ---------------------------------------------------------------------------
@@ -102,7 +98,8 @@ class StreamDiff {
     const side_by_side = this.root.querySelector("#sd-record-both").checked;
     if (!this.socket.send({ type: "record", action, side_by_side })) return;
     this.#showRecording(action === "start" ? { seconds: 0 } : null);
-    this.messages.say(action === "start" ? "Recording starts with a fresh stream, so that its recipe gives the same video again." : "Finishing the recording …");
+    const starts = "Recording starts with a fresh stream, so that its recipe gives the same video again.";
+    this.messages.say(action === "start" ? starts : "Finishing the recording …");
   }
 
   /** The stream's recipe, as the server knows it. */
@@ -131,10 +128,12 @@ class StreamDiff {
   metrics() {
     const { player, socket, frames } = this;
     return {
-      connected: Boolean(socket.ready), reconnects: Math.max(0, socket.reconnects), unacked: socket.unacked, source: this.source.kind,
-      paused: this.source.paused, captured: frames.captured, skipped: frames.skipped + player.skipped, drawn: player.drawn, queued: player.queue.length,
-      fps: player.fps, ttff_ms: player.ttff_ms, lag_p50_ms: player.lag(50), lag_p95_ms: player.lag(95), interval_ms: player.interval_ms,
-      applied: this.applied ?? null, lastFrame: player.lastFrame, ready: socket.ready, server: this.stats ?? null,
+      ...{ connected: Boolean(socket.ready), reconnects: Math.max(0, socket.reconnects), ready: socket.ready },
+      ...{ source: this.source.kind, paused: this.source.paused, captured: frames.captured },
+      ...{ skipped: frames.skipped + player.skipped, unacked: socket.unacked, queued: player.queue.length },
+      ...{ drawn: player.drawn, fps: player.fps, interval_ms: player.interval_ms, ttff_ms: player.ttff_ms },
+      ...{ lag_p50_ms: player.lag(50), lag_p95_ms: player.lag(95), lastFrame: player.lastFrame },
+      ...{ applied: this.applied ?? null, server: this.stats ?? null },
     };
   }
 
@@ -223,7 +222,7 @@ class StreamDiff {
       pause: () => this.pause(),
       record: () => this.record(),
       snapshot: () => this.#snapshot(),
-      recipe: () => this.recipe().then(downloadRecipe, () => this.messages.say("No recipe yet: the stream is not running.")),
+      recipe: () => this.recipe().then(downloadRecipe, () => this.messages.say(NO_RECIPE)),
       reconnect: () => this.socket.connect(),
       lighter: () => this.#lighter(),
       undo: () => this.settings.undo(),
@@ -265,7 +264,8 @@ class StreamDiff {
   }
 
   async #listCameras() {
-    const options = (await this.source.cameras()).map(({ id, name }) => new Option(name, id, false, id === this.source.cameraId));
+    const chosen = this.source.cameraId;
+    const options = (await this.source.cameras()).map(({ id, name }) => new Option(name, id, false, id === chosen));
     this.root.querySelector("#sd-device").replaceChildren(...options);
   }
 
@@ -286,7 +286,8 @@ class StreamDiff {
 
 /** Gradio builds the page after this script is read: start when stage and controls are there. */
 function start() {
-  const isThere = ["#sd-stage", "#sd-meters .sd-numbers", "#sd-gallery .sd-style", "#sd-sync"].every((part) => document.querySelector(part));
+  const parts = ["#sd-stage", "#sd-meters .sd-numbers", "#sd-gallery .sd-style", "#sd-sync"];
+  const isThere = parts.every((part) => document.querySelector(part));
   if (isThere) window.streamdiff = new StreamDiff(document);
   else requestAnimationFrame(start);
 }

@@ -1,6 +1,6 @@
 /* Pixels off the page's thread: crop, scale, mirror and JPEG-encode frames for the stream; decode the replies.
    in  {type: "encode", seq, bitmap, width, height, mirror}   out {type: "encoded", seq, bytes, picture}
-   in  {type: "decode", header, jpegs, received, stream}      out {type: "decoded", header, pictures, received, stream} */
+   in  {type: "decode", header, jpegs, received, stream}      out {type: "decoded", header, pictures, ...} */
 
 const JPEG_QUALITY = 0.85;
 const canvas = new OffscreenCanvas(256, 256);
