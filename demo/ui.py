@@ -21,6 +21,7 @@ STYLES: list[dict[str, str]] = json.loads((STATIC / "gallery" / "styles.json").r
 FIRST_STYLE = "comic"
 SWITCH_CHOICES = [
     ("Keep: the past stays, the look follows", "keep"),
+    ("Fade: one look slides into the other", "fade"),
     ("Recache: the past, read in the new style", "recache"),
     ("Flush: only sinks and last frames stay", "flush"),
     ("Reset: the past is forgotten, start anew", "reset"),
