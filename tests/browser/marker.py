@@ -1,7 +1,7 @@
 """A bar code in every camera frame: who sent it and its number, readable after JPEG, scaling and mirroring.
 
-Two rows of eight cells along the bottom of the picture's centre square. The top row is white, 6 bits, black, so a
-mirrored picture is noticed; the bottom row is 8 bits. Together: 4 bits owner (inverted copy of its parity), 10 bits number.
+Two rows of eight cells along the bottom of the centre square. The top row is white, 6 bits, black, so a mirrored
+picture is noticed; the bottom row is 8 bits. Together: 3 bits owner, 10 bits number, 1 parity.
 """
 
 from __future__ import annotations

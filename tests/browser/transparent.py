@@ -1,4 +1,4 @@
-"""A pipeline that hands its input through: real sessions, schedule, cache and engine around a model that changes nothing.
+"""A pipeline that hands its input through: real sessions, schedule, cache, engine, and a model that changes nothing.
 
 What the browser tests ask about (order, owner, lag, queues) must not depend on how a model paints. The VAE only moves
 pixels into channels; the transformer predicts velocity 0, so x0 = xt, the input with as much noise as was put on it.
