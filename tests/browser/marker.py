@@ -48,6 +48,11 @@ def read(square: np.ndarray) -> tuple[int, int] | None:
             y, x = side * (1 - BAND) + (r + 0.5) * cell_h, (c + 0.5) * cell_w
             dy, dx = cell_h / 5, cell_w / 5
             values[r, c] = grey[round(y - dy) : round(y + dy), round(x - dx) : round(x + dx)].mean()
+    return decode(values)
+
+
+def decode(values: np.ndarray) -> tuple[int, int] | None:
+    """(owner, number) from the grey levels [2, 8] of the cells."""
     if values[0, 0] < values[0, -1]:
         values = values[:, ::-1]
     if values[0, 0] - values[0, -1] < 40:

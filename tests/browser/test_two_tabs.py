@@ -1,0 +1,41 @@
+"""Two visitors: never a frame of the other, and nothing stays when they leave."""
+
+from __future__ import annotations
+
+from tests.browser.conftest import served
+from tests.browser.page import metrics, seen, use_camera, wait_for_frames, watch
+
+
+def test_every_frame_belongs_to_its_own_visitor(transparent, open_page, cameras):
+    pages = [open_page(transparent.url, camera) for camera in cameras]
+    for page, style in zip(pages, ("style-neon", "style-oil"), strict=True):
+        wait_for_frames(page)
+        use_camera(page)
+        page.get_by_test_id(style).click()
+    for page in pages:
+        watch(page)
+    pages[0].wait_for_timeout(10_000)
+    for owner, page in enumerate(pages, start=1):
+        frames = seen(page)
+        codes = [frame.code for frame in frames if frame.code]
+        assert len(codes) > 60 and len(codes) > 0.95 * len(frames), "the code is readable"
+        assert {code[0] for code in codes} == {owner}
+        steps = [(b[1] - a[1]) % 300 for a, b in zip(codes, codes[1:], strict=False)]
+        assert all(0 <= step < 60 for step in steps), "in order"
+        assert metrics(page)["server"]["sessions"] == 2
+
+
+def test_closing_frees_everything(open_page, cameras):
+    with served("--pipe", "transparent") as server:
+        stays = open_page(server.url)
+        wait_for_frames(stays, 30)
+        memory = []
+        for _ in range(4):
+            guest = open_page(server.url, cameras[1])
+            wait_for_frames(guest, 20)
+            stays.wait_for_function("() => window.streamdiff.metrics().server.sessions === 2", timeout=10_000)
+            guest.context.browser.close()
+            stays.wait_for_function("() => window.streamdiff.metrics().server.sessions === 1", timeout=5_000)
+            stays.wait_for_timeout(1000)
+            memory.append(server.memory_bytes())
+        assert memory[-1] - memory[0] < 15e6, "bytes kept by guests that left"
