@@ -25,7 +25,8 @@ WATCH = (
       last = frame;
       const { width, height } = canvas;
       const { data } = canvas.getContext('2d').getImageData(0, 0, width, height);
-      const grey = (x, y) => { const i = 4 * (Math.round(y) * width + Math.round(x)); return (data[i] + data[i + 1] + data[i + 2]) / 3; };
+      const mean = (i) => (data[i] + data[i + 1] + data[i + 2]) / 3;
+      const grey = (x, y) => mean(4 * (Math.round(y) * width + Math.round(x)));
       const cells = [];
       for (let r = 0; r < ROWS; r++) for (let c = 0; c < COLUMNS; c++) {
         const x = (c + 0.5) * width / COLUMNS, y = height * (1 - BAND) + (r + 0.5) * BAND * height / ROWS;
@@ -36,10 +37,11 @@ WATCH = (
       let colour = 0, light = 0, count = 0;
       for (let i = 0; i < 4 * width * height * (1 - BAND); i += 4 * 97) {
         colour += Math.max(data[i], data[i + 1], data[i + 2]) - Math.min(data[i], data[i + 1], data[i + 2]);
-        light += (data[i] + data[i + 1] + data[i + 2]) / 3;
+        light += mean(i);
         count += 1;
       }
-      window.seen.push([frame.seq, frame.chunk, frame.drawn_ms, frame.captured_ms, colour / count, light / count, ...cells]);
+      const { seq, chunk, drawn_ms, captured_ms } = frame;
+      window.seen.push([seq, chunk, drawn_ms, captured_ms, colour / count, light / count, ...cells]);
     }
     requestAnimationFrame(look);
   };
