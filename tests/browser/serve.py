@@ -19,10 +19,11 @@ def main() -> None:
     parser.add_argument("--pipe", choices=["tiny", "transparent"], default="transparent")
     parser.add_argument("--seconds-per-forward", type=float, default=0.0)
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--max-streams", type=int, default=4)
     args = parser.parse_args()
     torch.set_num_threads(1)
     pipe = StreamPipeline.from_preset("tiny") if args.pipe == "tiny" else transparent_pipeline(args.seconds_per_forward)
-    uvicorn.run(create_app(pipe), host=args.host, port=args.port, log_level="warning")
+    uvicorn.run(create_app(pipe, max_streams=args.max_streams), host=args.host, port=args.port, log_level="warning")
 
 
 if __name__ == "__main__":
