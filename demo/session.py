@@ -82,6 +82,8 @@ class Connection:
             while (event := self.stream.next_event() if self.stream else None) is not None:
                 if isinstance(event, LiveReply):
                     event = await self._loop.run_in_executor(self._pool, encode_reply, event)
+                elif event["type"] == "stats":
+                    event = {**event, "sessions": self._engine.num_streams}
                 await self._send(with_links(event))
                 self._engine.wake()  # there is room for the next chunk
 
