@@ -12,13 +12,17 @@ DEMO_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test check notebooks bench clean
+.PHONY: setup demo test test-browser check notebooks bench clean
 
 setup: .venv/.installed-dev
 	@echo "Ready. Try: $(BIN)/streamdiff run sample --prompt \"watercolour painting\" -o out.mp4"
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -q
+
+# The live page in a real browser with a fake camera; needs Chromium (Debian: apt-get install chromium).
+test-browser: .venv/.installed-dev
+	$(BIN)/python -m pytest -q tests/browser
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
