@@ -11,6 +11,7 @@ import pytest
 import streamdiff_core
 from streamdiff_core import StreamPipeline
 from streamdiff_core.metrics import flicker, psnr
+from streamdiff_core.schedules import SCHEDULES
 from streamdiff_core.training.evaluate import nearest_share, restyle
 from streamdiff_core.training.prompts import DEFAULT_PROMPTS, HELD_OUT_PROMPTS
 from streamdiff_core.training.styles import STYLES, apply_style
@@ -51,6 +52,22 @@ def test_prompt_gives_its_own_style(pipe, clip, targets, style):
         assert flicker(output, clip) <= flicker(targets[style], clip), prompt
     if style != "photo":
         assert psnr(output, targets[style]) > psnr(clip, targets[style]) + 3
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_every_schedule_gives_the_style(pipe, clip, targets, schedule):
+    """Also the rolling window, whose mixed noise levels these weights never saw: softer and more garish, but oil."""
+    output = restyle(pipe, clip, DEFAULT_PROMPTS["oil"], schedule=schedule)
+    assert nearest_share(output, targets, "oil") == (3, 3)
+
+
+def test_self_guidance_leaves_the_input_further_behind(pipe, clip):
+    """R-CFG draws the picture away from the input (SEEDS §5)."""
+    gaps = []
+    for scale in (1.0, 1.1, 1.2):
+        output = restyle(pipe, clip, DEFAULT_PROMPTS["oil"], input_options=dict(rcfg=dict(scale=scale)))
+        gaps.append(np.abs(output.astype(float) - clip).mean())
+    assert gaps[0] + 2 < gaps[1] < gaps[2] - 2
 
 
 def test_still_input_stays_still(pipe, clip):
