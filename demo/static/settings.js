@@ -64,6 +64,11 @@ export class Settings {
     Object.assign(this.good, this.wanted);
   }
 
+  /** Those of the options that the stream does not have already. */
+  differing(options) {
+    return Object.fromEntries(Object.entries(options).filter(([name, value]) => value !== this.good[name]));
+  }
+
   /** The server refused: forget what was asked for last, so that a reconnection does not ask again. */
   refused() {
     for (const name of this.changed) delete this.wanted[name];

@@ -114,7 +114,7 @@ class StreamDiff {
   /** Settings and prompt from a recipe. */
   load(recipe) {
     const { prompt, options } = readSettings(recipe);
-    this.set(options);
+    this.set(this.settings.differing(options));
     this.settings.show(options);
     if (prompt) this.prompt(prompt, "reset");
     this.messages.say("Recipe loaded.");
@@ -177,7 +177,7 @@ class StreamDiff {
     const isPrompt = applied.what === "prompt";
     const what = isPrompt ? this.settings.promptName : this.settings.changedNames;
     const when = `applied at chunk ${applied.chunk} after ${(applied.after_ms / 1000).toFixed(1)} s`;
-    this.messages.say(`${what} ${when}${applied.note ? `: ${applied.note}` : "."}`);
+    this.messages.say(`${what} ${when}${isPrompt && applied.note ? ` (${applied.note})` : ""}.`);
     if (isPrompt) this.stage.tag.textContent = what;
     else this.settings.applied();
   }
