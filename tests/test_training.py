@@ -20,7 +20,7 @@ from streamdiff_core.config import ModelConfig, TextConfig, VAEConfig, get_prese
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.frames import frames_to_tensor
 from streamdiff_core.text import TinyTextEncoder
-from streamdiff_core.training import cli, data, dit_stage, runs, text_stage, vae_basis, vae_stage
+from streamdiff_core.training import cli, data, dit_stage, refine_stage, runs, text_stage, vae_basis, vae_stage
 from streamdiff_core.training.prompts import HELD_OUT_PROMPTS
 from streamdiff_core.training.styles import apply_style
 from streamdiff_core.types import VideoReadError
@@ -427,6 +427,30 @@ def test_detail_loss_by_hand():
     for dim in (1, 3, 4):  # half of the values are 1 too high: 1/2, and every difference along dim: 1/2 of 1
         step = torch.arange(2).reshape([2 if d == dim else 1 for d in range(5)])
         assert vae_stage.detail_loss(target + step, target).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dim", [3, 4])
+def test_seam_loss_sees_steps_at_the_edges_of_tokens_only(dim):
+    target = torch.rand(2, 3, 3, 48, 48)
+    for at, loss in (
+        (16, 0.5),
+        (32, 0.5),
+        (15, 0),
+        (17, 0),
+        (8, 0),
+    ):  # a step of 1 at one of two edges: 1 of 2 is wrong
+        step = (torch.arange(48) >= at).float().reshape([48 if d == dim else 1 for d in range(5)])
+        assert refine_stage.seam_loss(target + step, target).item() == pytest.approx(loss, abs=1e-6)
+    assert refine_stage.seam_loss(target.repeat(1, 1, 1, 2, 2), target.repeat(1, 1, 1, 2, 2)).item() == 0
+
+
+def test_the_hardest_style_is_drawn_more_often(coded_clips):
+    share = 3 / (NUM_STYLES + 2)
+    assert data.STYLE_SHARES[data.STYLE_NAMES.index("neon")] == pytest.approx(share)
+    bank = torch.arange(NUM_STYLES).float()[:, None, None, None].expand(NUM_STYLES, 3, 2, 2)
+    batches, phase = dit_stage.Batches(coded_clips, bank, seed=0), dit_stage.Phase(0, frames=1, cells=4, rows=16)
+    drawn = torch.cat([batches.draw(step, phase)["context"][:, 0, 0] for step in range(60)])
+    assert (drawn == data.STYLE_NAMES.index("neon")).float().mean() == pytest.approx(share, abs=0.04)
 
 
 def test_pixel_batches_repeat_and_differ_by_step(clips):

@@ -29,6 +29,9 @@ from streamdiff_core.vae import TinyVAE
 from streamdiff_core.video_io import read_video
 
 STYLE_NAMES = tuple(STYLES)
+STYLE_SHARES = np.array([3.0 if style == "neon" else 1.0 for style in STYLE_NAMES])
+"""How often each style is drawn for training: the hardest one more often."""
+STYLE_SHARES /= STYLE_SHARES.sum()
 SIZE_PX = 256
 MIN_CLIP_FRAMES = 32
 """So that four latent frames are left when a variant starts later and skips every other frame."""

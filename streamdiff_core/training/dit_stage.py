@@ -23,7 +23,7 @@ from streamdiff_core.attention import PromptContext
 from streamdiff_core.config import ModelConfig
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.text import TinyTextEncoder
-from streamdiff_core.training.data import STYLE_NAMES, LatentClips
+from streamdiff_core.training.data import STYLE_NAMES, STYLE_SHARES, LatentClips
 from streamdiff_core.training.prompts import DEFAULT_PROMPTS, sample_prompt, training_prompts
 from streamdiff_core.training.runs import Average, Run, learning_rate, set_learning_rate
 from streamdiff_core.training.vae_basis import is_motion, latent_std
@@ -85,7 +85,7 @@ class Batches:
         """Rows of one step; the same step always gives the same rows."""
         rng = np.random.default_rng([self.seed, step])
         groups = min(phase.rows, PROMPTS_PER_BATCH)
-        styles = rng.integers(0, len(STYLE_NAMES), groups)
+        styles = rng.choice(len(STYLE_NAMES), groups, p=STYLE_SHARES)
         context = self.bank[styles, rng.integers(0, self.bank.shape[1], groups)]
         group = np.repeat(np.arange(groups), phase.rows // groups)
         source, target = self.clips.sample(rng, styles[group], phase.frames, phase.cells)

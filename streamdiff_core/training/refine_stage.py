@@ -1,7 +1,8 @@
 """Stage 5: a loss with which ``train_decoder`` learns to read the transformer's own latents.
 
 A denoiser's latents are not an encoder's: what noise is left differs from token to token and shows as a grid of
-16-pixel squares and as flicker. The decoder sees several tokens at once, so it can smooth that away. A third of each
+16-pixel squares and as flicker. The decoder sees several tokens at once, so it can smooth that away; steps across the
+edges of tokens that the target does not have count once more in the loss. A third of each
 batch is exact latents, so that reconstruction stays what it was; the rest is what the frozen transformer makes of
 the source at random noise levels, in one step or two.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from streamdiff_core.attention import PromptContext
@@ -19,6 +21,10 @@ from streamdiff_core.training.data import STYLE_NAMES
 from streamdiff_core.training.dit_stage import block_causal_mask, draw_noise, prompt_bank
 from streamdiff_core.training.vae_stage import PixelBatches, detail_loss, reconstruct
 from streamdiff_core.vae import TinyVAE
+
+TOKEN_PX = 16
+"""Side of a token of the bundled transformer."""
+SEAM_WEIGHT = 0.15
 
 
 class Restyler:
@@ -53,4 +59,14 @@ class Restyler:
         source, target, styles = batches.draw_pairs(step)
         guess = self(vae.encode(source, vae.new_state()), styles, generator)
         video = reconstruct(vae, torch.cat([guess, vae.encode(target, vae.new_state())[::2]]))
-        return detail_loss(video[: len(guess)], target) + detail_loss(video[len(guess) :], target[::2])
+        exact = detail_loss(video[len(guess) :], target[::2])
+        return detail_loss(video[: len(guess)], target) + exact + SEAM_WEIGHT * seam_loss(video[: len(guess)], target)
+
+
+def seam_loss(video: Tensor, target: Tensor) -> Tensor:
+    """Mean square error of the steps across the edges of tokens; pictures begin at an edge."""
+    loss = video.new_zeros(())
+    for dim in (3, 4):
+        edges = torch.arange(TOKEN_PX - 1, video.shape[dim] - 1, TOKEN_PX)
+        loss = loss + F.mse_loss(*(x.diff(dim=dim).index_select(dim, edges) for x in (video, target)))
+    return loss

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from streamdiff_core.frames import frames_to_tensor, tensor_to_frames
 from streamdiff_core.metrics import psnr
-from streamdiff_core.training.data import STYLE_NAMES, augment, iter_clips, whole_latent_frames
+from streamdiff_core.training.data import STYLE_NAMES, STYLE_SHARES, augment, iter_clips, whole_latent_frames
 from streamdiff_core.training.runs import Average, Run, learning_rate, set_learning_rate
 from streamdiff_core.training.styles import apply_style
 from streamdiff_core.vae import TinyVAE
@@ -51,7 +51,7 @@ class PixelBatches:
             frames = frames[at : at + NUM_FRAMES]
             if rng.random() < 0.5:
                 frames = _repeat_to(augment(frames, rng), NUM_FRAMES)
-            style = "photo" if rng.random() < 0.2 else STYLE_NAMES[rng.integers(len(STYLE_NAMES))]
+            style = "photo" if rng.random() < 0.2 else STYLE_NAMES[rng.choice(len(STYLE_NAMES), p=STYLE_SHARES)]
             before, after = frames_to_tensor(frames), frames_to_tensor(apply_style(style, frames))
             for _ in range(CROPS_PER_CLIP):
                 y, x = 16 * rng.integers(0, (np.array(before.shape[-2:]) - CROP_PX) // 16 + 1)
