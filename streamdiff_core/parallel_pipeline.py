@@ -124,6 +124,7 @@ class RingDenoiser(Denoiser):
     def _tick(self, chunk: Chunk | None) -> list[DenoisedChunk]:
         """Issue this tick's forwards and hand out what has come back; waits only for what this tick depends on."""
         lanes, done = self.schedule, []
+        self.engine.links.check()  # before the schedule moves: a stream that lost a rank keeps saying so
         self.engine.maybe_balance()
         lane, opens = lanes.tick % len(lanes.schedules), lanes.is_first and chunk is not None
         while any(tick.lane == lane for tick in self._under_way) or self._is_back():
@@ -218,16 +219,19 @@ class ParallelPipeline(StreamPipeline):
         self.engine.rebalance(split)
 
     def close(self) -> None:
-        """End all ranks."""
-        if self.is_open:
-            self.engine.close()
+        """End all ranks; may be called again."""
+        if self._closed:
+            return
+        patience_s = 10 if self.is_open else 1
         self._closed = True
+        self.engine.close()
         for worker in self._workers:
             try:
-                worker.wait(10)
+                worker.wait(patience_s)
             except subprocess.TimeoutExpired:
                 worker.kill()
                 worker.wait()
+        self.engine.links.join()
 
     def __enter__(self) -> ParallelPipeline:
         return self

@@ -346,8 +346,10 @@ class RingEngine:
         return [json.loads(self.links.store.get(k)) for k in keys]
 
     def close(self) -> None:
-        """Let all ranks finish and stop."""
-        self._tell({"do": "stop"})
+        """Let all ranks finish and stop; if a rank was lost there is nothing to finish."""
+        if self.links.is_alive:
+            self._tell({"do": "stop"})
+            self.links.close()
         self._expected.put(None)
         self._expected_pixels.put(None)
-        self.links.close()
+        self.links.abandon()

@@ -188,7 +188,7 @@ class Links:
 
     def failed(self, error: Exception) -> None:
         """Tell everybody why this rank cannot go on. Broken connections only raise suspicion: somebody else died."""
-        if self._closed.is_set() or isinstance(error, StageLostError):
+        if not self.is_alive or isinstance(error, StageLostError):
             return
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in BROKEN):
             self._is_suspicious = True
@@ -205,13 +205,15 @@ class Links:
         except RuntimeError:
             self._end(f"stage {self.rank} of {self.size} was closed in the middle of a message", tell=True)
         self.abandon()
-        if self._error is None:
-            for thread in self._threads:  # a thread inside gloo must not see the interpreter go
-                thread.join(5)
 
     def abandon(self) -> None:
         """Stop watching and beating at once."""
         self._closed.set()
+
+    def join(self) -> None:
+        """Wait for this rank's threads: one that is inside gloo must not see the interpreter go."""
+        for thread in self._threads:
+            thread.join(5)
 
     def _beat(self) -> None:
         count, heard = 0, {rank: (b"", time.monotonic()) for rank in range(self.size) if rank != self.rank}

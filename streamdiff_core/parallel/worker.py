@@ -35,6 +35,7 @@ def serve(stage: Stage, links: Links) -> None:
             command, parcels = links.get(inbox)
             if command["do"] == "stop":
                 links.close()
+                links.join()
                 return
             carry_out(command, [parcel.open() for parcel in parcels], stage, links)
     except StageLostError:

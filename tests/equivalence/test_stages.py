@@ -290,6 +290,7 @@ if pipe is not None:
 """
 
 
+@pytest.mark.slow
 def test_torchrun(frames, tmp_path):
     """Two real processes started by torchrun, layers moving in mid-stream."""
     here = Path(__file__).resolve().parent
