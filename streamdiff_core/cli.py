@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import Any
 
 from streamdiff_core.cli_args import build_parser
 from streamdiff_core.config import PRESETS
-from streamdiff_core.types import CheckpointError, VideoReadError
+from streamdiff_core.types import CheckpointError, StageLostError, VideoReadError
 
 EXAMPLES = (
     "soft watercolour washes on white paper",
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        expected = isinstance(error, (ValueError, OSError, CheckpointError, VideoReadError))
+        expected = isinstance(error, (ValueError, OSError, CheckpointError, StageLostError, VideoReadError))
         name = "" if expected else f"{type(error).__name__}: "
         message = " ".join(str(error).split()) or type(error).__name__
         hint = "" if expected else " (--debug shows where)"
@@ -92,7 +93,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 RECIPE_LEAVES_OPEN = (
     "input", "recipe", "save_recipe", "output", "overwrite", "strip", "json", "debug", "command", "preset",
-    "device", "dtype", "weights", "vae", "lora", "quantise", "threads",
+    "device", "dtype", "weights", "vae", "lora", "quantise", "threads", "stages",
 )  # fmt: skip
 """Options of ``run`` that may stand beside ``--recipe``; it sets all others."""
 
@@ -211,10 +212,28 @@ def load(args: argparse.Namespace) -> Any:
     from streamdiff_core.pipeline import StreamPipeline
 
     set_threads(args.threads)
+    if getattr(args, "stages", None) or (hasattr(args, "stages") and int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        return load_stages(args)
     return StreamPipeline.from_preset(
         args.preset, device=args.device, dtype=args.dtype, weights=args.weights,
         vae=args.vae, lora=dict(args.lora), quantisation=args.quantise,
     )  # fmt: skip
+
+
+def load_stages(args: argparse.Namespace) -> Any:
+    """Rank 0 of a pipeline over several processes; any other rank that torchrun started works here, then exits."""
+    import atexit
+
+    from streamdiff_core.parallel_pipeline import join, launch
+
+    if args.lora or args.quantise:
+        raise ValueError("--lora and --quantise do not go with several stages; leave out either")
+    options = {"device": args.device, "dtype": args.dtype, "weights": args.weights, "vae": args.vae}
+    pipe = launch(args.preset, args.stages, **options) if args.stages else join(args.preset, **options)
+    if pipe is None:
+        raise SystemExit(0)
+    atexit.register(pipe.close)
+    return pipe
 
 
 def set_threads(count: int | None) -> None:

@@ -102,6 +102,8 @@ def _add_run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--strip", metavar="PNG", help="also draw six moments before and after")
     p.add_argument("--max-seconds", type=positive(float), help="stop after this much of the input")
     p.add_argument("--fps", type=positive(float), help="resample the input to this frame rate")
+    p.add_argument("--stages", type=positive(int), metavar="N",
+                   help="spread the model over N processes (or GPUs); under torchrun: its ranks")  # fmt: skip
 
 
 def _add_bench(p: argparse.ArgumentParser) -> None:

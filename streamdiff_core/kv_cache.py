@@ -146,11 +146,11 @@ class KVCache:
 
     def pop_layer(self, layer: int) -> tuple[Any, list[Tensor]]:
         """Take a layer's storage out, to go on in another process: (plain values, tensors). Slot tables stay."""
-        scratch = self._scratch.pop(layer)
+        extra = {"scratch": self._scratch.pop(layer), "state": self._state.pop(layer)}
         tensors = [store.pop(layer) for store in (self.k, self.v, self._k_time)]
         self.model = replace(self.model, num_layers=self.model.num_layers - 1)
-        plain = {"at": self._rotated_to.pop(layer), "scratch": [list(row) for row in scratch]}
-        return plain, tensors + [x for row in scratch for x in row.values()]
+        plain = {"at": self._rotated_to.pop(layer)} | {k: [list(row) for row in rows] for k, rows in extra.items()}
+        return plain, tensors + [x for rows in extra.values() for row in rows for x in row.values()]
 
     def insert_layer(self, layer: int, plain: Any, tensors: Sequence[Tensor]) -> None:
         """Put in, before layer ``layer``, what another cache of the same stream popped; its tables must be equal."""
@@ -159,7 +159,8 @@ class KVCache:
             store.insert(layer, next(rest))
         self.model = replace(self.model, num_layers=self.model.num_layers + 1)
         self._rotated_to.insert(layer, plain["at"])
-        self._scratch.insert(layer, [{name: next(rest) for name in names} for names in plain["scratch"]])
+        for store, key in ((self._scratch, "scratch"), (self._state, "state")):
+            store.insert(layer, [{name: next(rest) for name in names} for names in plain[key]])
 
     def describe(self, row: int = 0) -> list[dict[str, Any]]:
         """Filled slots as dicts (slot, role, frame, position), for pictures of the cache."""

@@ -29,15 +29,16 @@ from torch.distributed.rendezvous import rendezvous
 from streamdiff_core.config import Preset, get_preset
 from streamdiff_core.denoiser import Denoiser, Events
 from streamdiff_core.dit import CausalWanTransformer
+from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.parallel.block_scheduler import Split, even_split
-from streamdiff_core.parallel.links import Links, StageLostError
+from streamdiff_core.parallel.links import Links
 from streamdiff_core.parallel.stage import Stage, StagePart
 from streamdiff_core.parallel.worker import serve
 from streamdiff_core.pipeline import StreamPipeline, load_preset, pick_device, pick_dtype
 from streamdiff_core.ring_engine import RingEngine, Ticket
 from streamdiff_core.session import StreamSession
 from streamdiff_core.stream_options import StreamOptions
-from streamdiff_core.types import Chunk, DenoisedChunk, DenoiseSchedule, RowOp
+from streamdiff_core.types import Chunk, DenoisedChunk, DenoiseSchedule, RowOp, StageLostError
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +100,9 @@ class RingDenoiser(Denoiser):
     schedule: Lanes
 
     def __init__(self, engine: RingEngine, preset: Preset, options: StreamOptions, tokens_per_frame: int) -> None:
-        self.stream = engine.open_stream()
         self._under_way: deque[Tick] = deque()
         super().__init__(engine, preset, options, tokens_per_frame)
+        self.stream = engine.open_stream()
 
     def new_schedule(self) -> Lanes:
         """One copy of the schedule per rank, where that is exact."""
@@ -111,6 +112,10 @@ class RingDenoiser(Denoiser):
 
     def _new_cache(self) -> Any:
         o = self.options
+        if self.engine.size > 1 and getattr(POLICIES[o.policy], "across_layers", False):
+            raise ValueError(
+                f"policy {o.policy!r} lets one layer decide for all; run it in one process, or take another"
+            )
         rows = self.schedule.num_cache_rows
         return self.engine.new_cache(o.policy, o.cache, o.policy_options, rows, self._tokens_per_frame)
 
@@ -250,9 +255,10 @@ def join_modules(
     split: Split | None = None,
     **rules: Any,
 ) -> ParallelPipeline | None:
-    """Make this process (or thread) one rank of a ring, from a whole model of which it keeps its part.
+    """Make this process (or thread) one rank of a ring, from modules made elsewhere.
 
     Args:
+        transformer: the whole model, of which the rank's part is kept, or just that part.
         split: layers per rank; default equal shares.
         rules: ``num_lanes``, ``balance_every`` and ``balance_rule`` of ``RingEngine``.
 
@@ -261,12 +267,13 @@ def join_modules(
     """
     split = even_split(preset.model.num_layers, links.size) if split is None else split
     part = StagePart.of(split, links.rank)
-    dtype, device = transformer.dtype, transformer.device
-    part.keep(transformer)
+    dtype = next(x.dtype for x in transformer.parameters())
+    if len(transformer.blocks) == preset.model.num_layers:
+        part.keep(transformer)
     for module in (transformer, vae, text_encoder):
         if isinstance(module, nn.Module):
             module.eval().requires_grad_(False)
-    return _join(preset, transformer.fuse(), vae, text_encoder, links, split, dtype, device, rules)
+    return _join(preset, transformer.fuse(), vae, text_encoder, links, split, dtype, links.device, rules)
 
 
 def join(

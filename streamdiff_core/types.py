@@ -23,6 +23,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be read or does not fit the model; nothing was loaded."""
 
 
+class StageLostError(RuntimeError):
+    """A rank of a pipeline over several processes died, hangs or failed; the text names it."""
+
+
 class VideoReadError(RuntimeError):
     """A video could not be read."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,8 +16,8 @@ import pytest
 from random_pipeline import moving_frames
 
 from streamdiff_core import StreamPipeline
-from streamdiff_core.parallel.links import StageLostError
 from streamdiff_core.parallel_pipeline import join, launch
+from streamdiff_core.types import StageLostError
 
 OPTIONS = dict(width=64, height=64, steps=2)
 
@@ -93,6 +94,19 @@ def test_a_failure_on_another_rank_is_told_with_its_reason():
         with pytest.raises(StageLostError, match="stage 1 of 2 failed: KeyError"):
             session.push(moving_frames(29))
     assert not psutil.Process().children(recursive=True)
+
+
+@pytest.mark.slow
+def test_command_line(tmp_path):
+    """``streamdiff run --stages 2`` writes the video and leaves no process."""
+    root = str(Path(__file__).resolve().parent.parent)
+    options = "--stages 2 --json --max-seconds 0.5 --size 64x64 --device cpu -p pencil -o out.mp4".split()
+    command = [sys.executable, "-m", "streamdiff_core", "run", "sample", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root})
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["frames"] == 12 and (tmp_path / "out.mp4").exists()
+    assert {"encode", "layers"} <= set(result["stage_ms"])
 
 
 def test_bad_calls_say_what_to_do():

@@ -32,6 +32,8 @@ class RollingPolicy:
     switches: ClassVar[tuple[str, ...]] = SWITCHES
     pinned_roles: ClassVar[tuple[str, ...]] = ("sink", "memory")
     """Roles read before the window, in this order."""
+    across_layers: ClassVar[bool] = False
+    """Whether one layer decides for the others; such a policy needs all layers in one process."""
     is_adaptive: ClassVar[bool] = False
     """Whether ``CacheConfig.adaptive_sink`` means something here."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class ForcingKVPolicy(RollingPolicy):
         the largest divisor of the tokens per frame up to ``segments``.
     """
 
+    across_layers: ClassVar[bool] = True
     dynamic_heads: tuple[tuple[int, ...], ...] = ()
     """Dynamic heads of layer 0, 1, 2 …; layers beyond the list have none."""
     segments: int = 6

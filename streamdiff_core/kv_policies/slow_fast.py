@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class SlowFastPolicy(RollingPolicy):
         keys of the middle layer over the chunk's tokens (not stated in the paper), one decision for all layers.
     """
 
+    across_layers: ClassVar[bool] = True
     slow_frames: int = 12
     """Slots of the slow memory."""
     threshold: float = 0.95

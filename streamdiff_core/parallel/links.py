@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from streamdiff_core.types import StageLostError
+
 logger = logging.getLogger(__name__)
 
 WIRES = ("control", "tokens", "skip", "x0", "pixels", "layers", "layer_info")
@@ -36,10 +38,6 @@ CONTROL_BYTES = 65_536
 MAX_UNSENT = 32
 """Messages under way per rank before a send waits for the oldest."""
 FOREVER = timedelta(days=365)
-
-
-class StageLostError(RuntimeError):
-    """A rank of the pipeline died, hangs or failed; the text names it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from streamdiff_core.parallel.links import Links, Parcel, StageLostError
+from streamdiff_core.parallel.links import Links, Parcel
 from streamdiff_core.parallel.stage import MicroBatch, Stage
+from streamdiff_core.types import StageLostError
 
 logger = logging.getLogger(__name__)
 

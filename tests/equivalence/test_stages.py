@@ -31,6 +31,7 @@ from torch.testing import assert_close
 
 from streamdiff_core import StreamPipeline
 from streamdiff_core.config import CacheConfig, get_preset
+from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.parallel.block_scheduler import even_split
 from streamdiff_core.pipeline import load_preset
 from streamdiff_core.schedules import SCHEDULES
@@ -103,6 +104,19 @@ def test_every_schedule_runs_on_stages(frames, name):
     one = watch(random_pipeline(PRESET).start("pencil", steps=2, schedule=name), frames=frames)
     with ring(2) as pipe:
         assert_close_streams(watch(pipe.start("pencil", steps=2, schedule=name), frames=frames), one)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_every_policy_runs_on_stages_or_says_that_it_cannot(frames, name):
+    """Layers move in mid-stream with all that a policy keeps; where one layer decides for all, nothing starts."""
+    options = dict(policy=name, cache=CacheConfig(sink_frames=2, window_frames=6, positions="packed"))
+    with ring(2) as pipe:
+        if POLICIES[name].across_layers:
+            with pytest.raises(ValueError, match="lets one layer decide for all"):
+                pipe.start("pencil", **options)
+        else:
+            moved = rebalanced(pipe, frames, [(3, 2), (1, 4), (4, 1)], **options)
+            assert_close_streams(moved, watch(random_pipeline(PRESET).start("pencil", **options), frames=frames))
 
 
 @pytest.mark.parametrize("knobs", [dict(cache_per_step=True), dict(step_lists=[[900, 600, 300], [800, 400]])], ids=str)
