@@ -105,7 +105,7 @@ def test_command_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root})
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["frames"] == 12 and (tmp_path / "out.mp4").exists()
+    assert result["frames"] == 8 and (tmp_path / "out.mp4").exists()
     assert {"encode", "layers"} <= set(result["stage_ms"])
 
 
