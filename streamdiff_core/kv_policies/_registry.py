@@ -32,8 +32,19 @@ def make_policy(name: str, cache: CacheConfig, options: Mapping[str, Any] | None
     """
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
-    knobs = [f.name for f in fields(POLICIES[name]) if f.name != "config"]
-    for knob in options or {}:
+    knobs = {f.name: f.default for f in fields(POLICIES[name]) if f.name != "config"}
+    for knob, value in (options or {}).items():
         if knob not in knobs:
             raise ValueError(f"policy {name!r} has no knob {knob!r}; it has: {', '.join(knobs) or 'none'}")
+        if not _same_kind(value, knobs[knob]):
+            raise ValueError(f"policy knob {knob!r} takes values like {knobs[knob]!r}, got {value!r}")
     return POLICIES[name](cache, **(options or {}))
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    """Whether a value may replace a default: its type, whole numbers where numbers go, lists of lists for tuples."""
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple) and all(isinstance(v, list | tuple) for v in value)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    return isinstance(value, (int, float) if isinstance(default, float) else type(default))

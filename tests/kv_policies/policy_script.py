@@ -77,13 +77,13 @@ def new_cache(policy, num_rows: int = 1) -> KVCache:
     return KVCache(MODEL, policy, num_rows=num_rows, tokens_per_frame=TOKENS, dtype=torch.float64)
 
 
-def run(policy, chunks, feed, *, switches=None, steps=1, prompt=None, cache=None) -> list[list[Tensor]]:
+def run(policy, chunks, feed, *, switches=None, steps=1, prompt=None, cache=None, row=0) -> list[list[Tensor]]:
     """Attention output [F * TOKENS, HEADS * HEAD_DIM] per chunk and layer, of the last step."""
     cache, outputs = cache or new_cache(policy), []
     for chunk in chunks:
-        policy.before_chunk(cache.tables[0], (switches or {}).get(chunk[0]))
+        policy.before_chunk(cache.tables[row], (switches or {}).get(chunk[0]))
         for _ in range(steps):
-            view, layers = cache.begin(0, chunk, prompt=prompt), []
+            view, layers = cache.begin(row, chunk, prompt=prompt), []
             turn = view.query_rotation(torch.float64, torch.device("cpu"))[:, None]
             for layer in range(MODEL.num_layers):
                 q, k, v = (torch.stack([feed(what, f, layer) for f in chunk]) for what in "qkv")

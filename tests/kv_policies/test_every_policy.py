@@ -18,6 +18,7 @@ from streamdiff_core.config import CacheConfig
 from streamdiff_core.flow import sigma_from_timestep
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES, RollingPolicy, make_policy, policy
+from streamdiff_core.mechanisms import read_knobs
 from streamdiff_core.schedules import SCHEDULES
 from streamdiff_core.schedules.steps import NoiseSource, Stepper
 from streamdiff_core.types import Chunk, KVPolicy
@@ -152,6 +153,9 @@ def test_every_policy_makes_a_difference(pipe, clip, name):
 def test_knobs_are_checked(pipe, name):
     with pytest.raises(ValueError, match=f"policy '{name}' has no knob 'colour'; it has"):
         pipe.start("pencil", policy=name, policy_options={"colour": 3})
+    for knob in read_knobs(POLICIES[name]):
+        with pytest.raises(ValueError, match=f"policy knob '{knob.name}' takes values like .*, got None"):
+            pipe.start("pencil", policy=name, policy_options={knob.name: None})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -241,6 +245,8 @@ def test_a_policy_defined_here(pipe, clip):
             table.roles[slot] = "memory"
 
     try:
+        with pytest.raises(ValueError, match="policy knob 'kept' takes values like 2, got 2.5"):
+            start(pipe, "even_frames", policy_options={"kept": 2.5})
         session = start(pipe, "even_frames", policy_options={"kept": 3})
         assert len(stream(session, clip[:61])) == 61
         held = {role: [] for role in ("sink", "memory", "window")}
@@ -255,3 +261,19 @@ def test_a_policy_defined_here(pipe, clip):
             policy("sink")(EvenFrames)
     finally:
         POLICIES.pop("even_frames")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_every_schedule(pipe, clip, name, schedule):
+    """All pairs have a meaning as long as what is denoised together fits."""
+    session = start(pipe, name, schedule=schedule, steps=2)
+    latents = record_latents(session)
+    assert len(stream(session, clip[:41])) == 41 and all(x.isfinite().all() for x in latents)
+
+
+def test_a_pair_without_meaning_is_refused(pipe):
+    """A rolling window of 2 chunks is one row of 2 frames; with one recent frame Deep Forcing would drop half of it."""
+    start(pipe, "deep_forcing", policy_options={"recent_frames": 1}, schedule="stream_batch", steps=2)
+    with pytest.raises(ValueError, match="a chunk of 2 latent frames needs recent_frames >= 2"):
+        start(pipe, "deep_forcing", policy_options={"recent_frames": 1}, schedule="rolling_window", steps=2)
