@@ -106,26 +106,21 @@ def test_turns_are_fair(engine):
     order = []
     pipe = IdentityPipeline(0.002, on_chunk=lambda session: order.append(session.prompt))
     running = engine(pipe)
-    viewers = [Viewer(running, name, steps=1).began() for name in "abc"]
+    viewers = [Viewer(running, name, steps=1).began().show(5) for name in "abc"]
+    for viewer in viewers:
+        viewer.until(lambda v=viewer: len(v.pictures) == 5)
     order.clear()
     gate = threading.Lock()
     pipe.on_chunk = lambda session: (order.append(session.prompt), gate.acquire(), gate.release())
-    with gate:  # nothing moves until all three wait
+    with gate:  # nothing moves until all three have two chunks waiting
         for viewer in viewers:
-            for seq in range(8):
+            for seq in range(5, 13):
                 assert viewer.stream.admit(seq)
                 viewer.stream.put(seq, FRAMES[seq])
         running.wake()
     for viewer in viewers:
-        viewer.until(lambda v=viewer: len(v.pictures) >= 5)
-    for viewer in viewers:
-        for seq in range(8, 13):
-            viewer.stream.put(seq, FRAMES[seq])
-    running.wake()
-    for viewer in viewers:
-        viewer.until(lambda v=viewer: len(v.pictures) >= 13)
-    assert sorted(order[:3]) == ["a", "b", "c"] and len(order) == 9
-    assert all(order.count(name) == 3 for name in "abc")
+        viewer.until(lambda v=viewer: len(v.pictures) == 13)
+    assert sorted(order[:3]) == sorted(order[3:]) == ["a", "b", "c"]
     assert pipe.threads == {"streamdiff-model"}
 
 
