@@ -174,11 +174,12 @@ class StreamDiff {
 
   #applied(applied) {
     this.applied = applied;
-    const isPrompt = applied.what === "prompt";
-    const what = isPrompt ? this.settings.promptName : this.settings.changedNames;
-    const when = `applied at chunk ${applied.chunk} after ${(applied.after_ms / 1000).toFixed(1)} s`;
-    this.messages.say(`${what} ${when}${isPrompt && applied.note ? ` (${applied.note})` : ""}.`);
-    if (isPrompt) this.stage.tag.textContent = what;
+    const { what, note, chunk, after_ms } = applied;
+    const isPrompt = what === "prompt";
+    const name = note === "anchor" ? "Re-anchoring" : isPrompt ? this.settings.promptName : this.settings.changedNames;
+    const how = isPrompt && note !== "anchor" && note ? ` (${note})` : "";
+    this.messages.say(`${name} applied at chunk ${chunk} after ${(after_ms / 1000).toFixed(1)} s${how}.`);
+    if (isPrompt) this.stage.tag.textContent = this.settings.promptName;
     else this.settings.applied();
   }
 
