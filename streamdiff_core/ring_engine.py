@@ -335,7 +335,7 @@ class RingEngine:
         return split
 
     def report(self) -> list[dict[str, Any]]:
-        """Per rank ``times``, ``layers``, ``nbytes`` and ``trace`` with its ``origin_s``; waits for every rank."""
+        """Per rank ``times``, ``layers``, ``nbytes``, ``trace``, ``moved_ms`` and their ``origin_s``; waits for all."""
         key = f"report {self._number()}"
         self._tell({"do": "report", "key": key})
         publish_report(key, self.stage, self.links)

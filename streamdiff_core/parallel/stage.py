@@ -130,7 +130,7 @@ class Stage:
         self._decoders: dict[int, Any] = {}
         self._embedded: dict[int, Tensor] = {}
         self._contexts: dict[int, PromptContext] = {}
-        self._since_ms = 0.0
+        self.moved_ms = [0.0]
 
     @property
     def nbytes(self) -> int:
@@ -253,7 +253,7 @@ class Stage:
                 self._take(layer, giver, links)
         self.split = tuple(split)
         self._contexts.clear()
-        self._since_ms = max((e.end_ms for e in self.timer.trace()), default=0.0)
+        self.moved_ms.append(max((e.end_ms for e in self.timer.trace()), default=0.0))
 
     def _give(self, layer: int, taker: int, links: Links) -> None:
         at = self.layers.index(layer)
@@ -290,7 +290,7 @@ class Stage:
 
     def times(self) -> RankTimes | None:
         """Median cost since the layers last moved; None before anything ran, NaN per layer without layers."""
-        events = [e for e in self.timer.trace() if e.start_ms >= self._since_ms]
+        events = [e for e in self.timer.trace() if e.start_ms >= self.moved_ms[-1]]
         spent: dict[str, list[float]] = {}
         for e in events:
             spent.setdefault(e.stage, []).append(e.end_ms - e.start_ms)

@@ -107,6 +107,7 @@ def publish_report(key: str, stage: Stage, links: Links) -> None:
         "layers": stage.layers,
         "nbytes": stage.nbytes,
         "origin_s": stage.origin_s,
+        "moved_ms": stage.moved_ms[1:],
         "trace": [[e.stage, e.start_ms, e.end_ms, e.chunk_idx] for e in stage.timer.trace()],
     }
     links.store.set(f"{key}/{stage.rank}", json.dumps(report))

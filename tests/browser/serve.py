@@ -6,8 +6,8 @@ import argparse
 
 import torch
 import uvicorn
-from demo.app import create_app
 
+from demo.app import create_app
 from streamdiff_core import StreamPipeline
 from tests.browser.transparent import transparent_pipeline
 
