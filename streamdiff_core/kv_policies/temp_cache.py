@@ -79,14 +79,15 @@ class Merge:
 
     def __call__(self, slots: LayerSlots, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Run in one layer."""
-        count = slots.scratch.setdefault("count", torch.ones_like(slots.k[..., 0]))
+        wide = torch.promote_types(slots.k.dtype, torch.float32)  # bfloat16 cannot count beyond 256
+        count = slots.scratch.setdefault("count", torch.ones_like(slots.k[..., 0], dtype=wide))
         count[list(self.fresh)] = 0
         alone = torch.ones_like(count[self.src], dtype=torch.bool)
         if self.into is not None:
             like = torch.cosine_similarity(*(slots.raw_keys(s) for s in (self.src, self.into)), dim=-1)
             alone = like < self.threshold
             both = count[self.src] + count[self.into]
-            share = (count[self.src] / both)[..., None]
+            share = (count[self.src] / both).to(slots.v.dtype)[..., None]
             mean = slots.v[self.into].lerp(slots.v[self.src], share)
             slots.v[self.into] = torch.where(alone[..., None], slots.v[self.into], mean)
             count[self.into] = torch.where(alone, count[self.into], both)

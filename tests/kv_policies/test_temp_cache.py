@@ -22,6 +22,7 @@ from policy_script import (
 from torch.testing import assert_close
 
 from streamdiff_core.attention import attend
+from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies.temp_cache import Merge
 
 
@@ -161,3 +162,14 @@ def test_a_frame_written_again_stands_for_itself():
     assert cache._scratch[0][0]["count"][slot].unique().tolist() == [4.0]  # 1, 2 and 3 have joined 4
     run(cache.policy, [(4, 5)], feed, cache=cache)
     assert cache._scratch[0][0]["count"][slot].unique().tolist() == [1.0]
+
+
+def test_counts_go_beyond_what_bfloat16_can_count():
+    """A still scene: 300 frames leave, all merged into one; 256 + 1 is 256 in bfloat16."""
+    policy = policy_of("temp_cache", 0, 2, threshold=0.9)
+    cache = KVCache(MODEL, policy, num_rows=1, tokens_per_frame=TOKENS, dtype=torch.bfloat16)
+    x = torch.ones(TOKENS, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    for frame in range(302):
+        cache.begin(0, (frame,)).update(0, x, x, x)
+    (slot,) = cache.tables[0].slots_of(300)
+    assert cache._scratch[0][0]["count"][slot].unique().tolist() == [301.0]
