@@ -52,7 +52,7 @@ def test_not_https(transparent, open_page):
 @pytest.mark.parametrize(
     ("prompt", "code", "sentence"),
     [
-        ("out of memory", "out_of_memory", "memory"),
+        ("out of memory", "out_of_memory", "Memory ran out"),
         ("broken chunk", "worker_crash", "started anew"),
         ("worker crash", "worker_crash", "started again"),
     ],

@@ -62,7 +62,7 @@ class PixelVAE(nn.Module):
 
 
 class PassThrough(CausalWanTransformer):
-    """Velocity 0, after a while, unless the prompt asks for a failure."""
+    """Velocity 0, after a while; fails once when the prompt asks for it."""
 
     seconds_per_forward = 0.0
     faults: dict[int, str] = {}
@@ -78,7 +78,7 @@ class PassThrough(CausalWanTransformer):
         time.sleep(self.seconds_per_forward)
         for prompt in prompts if isinstance(prompts, (list, tuple)) else [prompts]:
             if id(prompt) in self.faults:
-                raise FAULTS[self.faults[id(prompt)]]()
+                raise FAULTS[self.faults.pop(id(prompt))]()  # once: the next chunk goes through
         return torch.zeros_like(xt)
 
 
