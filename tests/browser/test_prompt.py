@@ -19,7 +19,7 @@ def test_new_style_within_two_chunks(tiny, open_page, on_switch):
     page.wait_for_timeout(2000)
     before = metrics(page)
     sent = page.evaluate(
-        "() => { window.streamdiff.prompt('graphite pencil sketch on warm paper'); return window.streamdiff.seq; }"
+        "() => (window.streamdiff.prompt('graphite pencil sketch on warm paper'), window.streamdiff.frames.seq)"
     )
     page.wait_for_timeout(4000)
     after, frames = metrics(page), seen(page)
