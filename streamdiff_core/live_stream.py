@@ -312,6 +312,8 @@ class LiveStream:
         for chunk, group in groupby(made, key=lambda pair: pair[0].chunk):
             pairs = list(group)
             before, after = np.stack([f.pixels for f, _ in pairs]), np.stack([pixels for _, pixels in pairs])
+            if chunk in self._news_at:  # another look begins: that is no drift
+                self._drift.anchor()
             self._drift.update(before, after)
             if self._recorder is not None:
                 self._recorder.add_output(before, after)

@@ -266,3 +266,15 @@ def test_quiet_and_old_streams_are_told(engine):
     viewer.until(lambda: len(viewer.of_type("error")) == 3)
     last = viewer.of_type("error")[-1]
     assert last["fatal"] and "5 minutes" in last["sentence"] and running.num_streams == 0
+
+
+def test_drift_is_measured_anew_from_the_first_chunk_with_another_prompt(engine):
+    """Else every change of style would read as drift."""
+    viewer = Viewer(engine(), steps=1).began().show(13)
+    viewer.until(lambda: len(viewer.pictures) == 13)
+    anchored, anchor = [], viewer.stream._drift.anchor
+    viewer.stream._drift.anchor = lambda: (anchored.append(len(viewer.pictures)), anchor())
+    viewer.stream.set_prompt("pencil")
+    viewer.show(8).until(lambda: viewer.of_type("applied"))
+    viewer.until(lambda: len(viewer.pictures) == 21)
+    assert anchored == [13]
