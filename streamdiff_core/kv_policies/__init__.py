@@ -6,6 +6,7 @@ Files are found, not listed: a new one needs no other edit. ``_rolling.py`` is t
 from importlib import import_module
 from pkgutil import iter_modules
 
+from streamdiff_core.kv_policies._head_labels import label_heads
 from streamdiff_core.kv_policies._registry import POLICIES, make_policy, policy
 from streamdiff_core.kv_policies._rolling import RollingPolicy
 
@@ -14,4 +15,4 @@ for _module in sorted(m.name for m in iter_modules(__path__) if not m.name.start
 
 SinkPolicy = POLICIES["sink"]
 
-__all__ = ["POLICIES", "RollingPolicy", "SinkPolicy", "make_policy", "policy"]
+__all__ = ["POLICIES", "RollingPolicy", "SinkPolicy", "label_heads", "make_policy", "policy"]

@@ -30,8 +30,8 @@ class ForcingKVPolicy(RollingPolicy):
     Cost: less to read than a window; two attention calls in layers with both kinds of head.
     Look for: nothing, at a higher speed on large pictures.
     Deviates: the selection is made when the next chunk enters, not in the clean pass, so that it works without one; no
-        labels ship for our weights: all heads are static unless ``dynamic_heads`` names some; the number of segments is
-        the largest divisor of the tokens per frame up to ``segments``.
+        labels ship for our weights: all heads are static unless ``dynamic_heads`` names some (``label_heads`` finds
+        them); the number of segments is the largest divisor of the tokens per frame up to ``segments``.
     """
 
     across_layers: ClassVar[bool] = True
