@@ -3,6 +3,7 @@
 # PYTHON  the interpreter that makes .venv
 # TORCH   what pip installs first. The default may bring several GB of CUDA packages; name a CPU build or a wheel
 #         file to choose, e.g. make test TORCH=torch==2.13.0
+# NOTEBOOKS  which ones to run, e.g. make notebooks NOTEBOOKS=notebooks/03_kv_sinks.ipynb; default all
 # DEMO_ARGS  for streamdiff demo, e.g. make demo DEMO_ARGS="--no-browser --port 8000"
 PYTHON ?= python3
 TORCH ?= torch
@@ -32,14 +33,8 @@ check: .venv/.installed-dev
 demo: .venv/.installed-demo
 	$(BIN)/streamdiff demo $(DEMO_ARGS)
 
-NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
-ifeq ($(NOTEBOOKS),)
-notebooks:
-	@echo "There are no notebooks yet."
-else
 notebooks: .venv/.installed-notebooks
-	@set -e; for notebook in $(NOTEBOOKS); do echo "$$notebook"; $(BIN)/jupyter execute "$$notebook"; done
-endif
+	$(BIN)/python notebooks/check.py $(NOTEBOOKS)
 
 bench: .venv/.installed-base
 	$(BIN)/streamdiff bench --report

@@ -38,6 +38,7 @@ from streamdiff_core.types import (
     DenoisedChunk,
     DenoiseSchedule,
     EncodedChunk,
+    RowOp,
     StreamClosedError,
 )
 
@@ -221,6 +222,19 @@ class StreamSession:
         """The stream's KV cache."""
         self._check_open()
         return self._denoiser.cache
+
+    def newest_row(self, cache_row: int = -1) -> RowOp:
+        """The forward that last wrote the newest chunk into a cache row, to be repeated or looked at.
+
+        Raises:
+            ValueError: the cache holds nothing yet.
+        """
+        row = range(self.cache.num_rows)[cache_row]
+        held = sorted({f for f in self.cache.tables[row].frames if f is not None and f >= 0})
+        if not held:
+            raise ValueError("the cache is empty: push at least one chunk first")
+        frames = [f for f in held if f > held[-1] - self.options.latent_frames_per_chunk]
+        return self._denoiser.recache_row(row, self._prompt, frames)
 
     @property
     def nbytes(self) -> int:
