@@ -42,7 +42,7 @@ def pipe():
         (dict(height=48), "got 64x48"),
         (dict(schedule="euler"), "unknown schedule 'euler'; known: best_of, rolling_window, sequential"),
         (dict(schedule=""), "unknown schedule ''"),
-        (dict(policy="magic"), "unknown policy 'magic'; known: sink"),
+        (dict(policy="magic"), "unknown policy 'magic'; known: anchor_forcing"),
         (dict(mode="i2v"), "mode must be 'v2v' or 't2v', got 'i2v'"),
         (dict(latent_frames_per_chunk=0), "between 1 and 3, got 0"),
         (dict(latent_frames_per_chunk=4), "window of 3 latent frames.*raise window_frames"),
