@@ -8,6 +8,7 @@ place, else nothing is changed: a style file that only half applies is worse tha
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,29 +54,39 @@ def merge_lora(model: nn.Module, source: str | Path, strength: float = 1.0) -> L
     state, _, _ = read_file(path)
     own = dict(model.named_parameters())
     parts = _parts(path, state, own)
-    changes, ranks = {}, set()
-    for name, part in parts.items():
-        change = part.get("diff")
-        if change is None:
-            if not {"up", "down"} <= set(part):
-                raise CheckpointError(f"{path}: {name} has only one half of its LoRA. Nothing was merged.")
-            down, up = part["down"].float().flatten(1), part["up"].float().flatten(1)
-            if up.shape[1] != len(down):
-                raise CheckpointError(f"{path}: the halves of {name} differ in rank. Nothing was merged.")
-            ranks.add(len(down))
-            change = up @ down * (float(part.get("alpha", len(down))) / len(down))
-        if change.numel() != own[name].numel() or change.shape[0] != own[name].shape[0]:
-            raise CheckpointError(
-                f"{path}: {name} is {tuple(own[name].shape)} here, the LoRA is for {tuple(change.shape)}; "
-                "it was made for a model of another size. Nothing was merged."
-            )
-        changes[name] = change
+    ranks = {len(part["down"]) for name, part in parts.items() if _check(path, name, part, own[name])}
     with torch.no_grad():
-        for name, change in changes.items():
-            target = own[name]
-            merged = target.float() + strength * change.float().view(target.shape).to(target.device)
-            target.copy_(merged)
-    return LoraReport(path=path, num_merged=len(changes), ranks=tuple(sorted(ranks)))
+        for name, part in parts.items():  # one at a time: all differences of a 14B model are 57 GB
+            own[name].copy_(_merged(own[name], part, strength))
+    return LoraReport(path=path, num_merged=len(parts), ranks=tuple(sorted(ranks)))
+
+
+def _check(path: Path, name: str, part: dict[str, Tensor], target: Tensor) -> bool:
+    """Whether a part is a product of two halves (else a whole difference); raises when it does not fit."""
+    is_product = "diff" not in part
+    if is_product and not {"up", "down"} <= set(part):
+        raise CheckpointError(f"{path}: {name} has only one half of its LoRA. Nothing was merged.")
+    if is_product and part["up"][0].numel() != len(part["down"]):
+        raise CheckpointError(f"{path}: the halves of {name} differ in rank. Nothing was merged.")
+    found = (len(part["up"]), part["down"][0].numel()) if is_product else tuple(part["diff"].shape)
+    if found[0] != target.shape[0] or math.prod(found) != target.numel():
+        raise CheckpointError(
+            f"{path}: {name} is {tuple(target.shape)} here, the LoRA is for {found}; "
+            "it was made for a model of another size. Nothing was merged."
+        )
+    return is_product
+
+
+def _merged(target: Tensor, part: dict[str, Tensor], strength: float) -> Tensor:
+    """A parameter with its part added, float32 or better; one temporary copy of it."""
+    number = torch.promote_types(target.dtype, torch.float32)
+    wide = target.detach().to(number, copy=True)
+    pieces = {kind: value.to(target.device, number) for kind, value in part.items() if kind != "alpha"}
+    if "diff" in pieces:
+        return wide.add_(pieces["diff"].view(target.shape), alpha=strength)
+    down, up = pieces["down"].flatten(1), pieces["up"].flatten(1)
+    scale = strength * float(part.get("alpha", len(down))) / len(down)
+    return wide.flatten(1).addmm_(up, down, alpha=scale).view(target.shape)
 
 
 def _parts(path: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -7,7 +7,9 @@ What a file is, is read from its first bytes, never from its name. Pickles are o
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -94,6 +96,11 @@ def read_file(path: Path, wrapper: str | None = None) -> tuple[dict[str, Tensor]
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # a damaged file may fail anywhere inside the readers
         reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
+        if os.strerror(errno.ENOMEM) in reason:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size / 1e9:.1f} GB are larger than this machine's memory, and the system does "
+                "not map them; add swap, or take a file in several shards"
+            ) from error
         raise CheckpointError(
             f"{path} cannot be read: truncated, damaged, or holds more than tensors ({reason})"
         ) from error
