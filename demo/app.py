@@ -26,6 +26,7 @@ if "SPACES_ZERO_GPU" in os.environ:
     import spaces  # the platform's own package; it must come before torch
 
 import gradio as gr  # noqa: E402
+import torch  # noqa: E402
 import uvicorn  # noqa: E402
 from fastapi import FastAPI  # noqa: E402
 from fastapi.responses import FileResponse  # noqa: E402
@@ -35,6 +36,7 @@ from demo.transport import MAX_MESSAGE_BYTES, live_router  # noqa: E402
 from demo.ui import Choices, build_ui, page_settings  # noqa: E402
 from streamdiff_core import LiveEngine, Preset, StreamPipeline, get_preset  # noqa: E402
 from streamdiff_core.kv_policies import POLICIES  # noqa: E402
+from streamdiff_core.machine import usable_cores  # noqa: E402
 from streamdiff_core.mechanisms import list_mechanisms  # noqa: E402
 from streamdiff_core.schedules import SCHEDULES  # noqa: E402
 from streamdiff_core.video_io import sample_clip_path  # noqa: E402
@@ -106,12 +108,21 @@ def build_page(preset: Preset) -> tuple[gr.Blocks, dict[str, Any]]:
     return build_ui(choices), page_settings()
 
 
-def serve(*, host: str | None = None, port: int | None = None, open_browser: bool = True, **app_options: Any) -> None:
+def serve(
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    open_browser: bool = True,
+    threads: int | None = None,
+    **app_options: Any,
+) -> None:
     """Run the app until Ctrl-C.
 
     Args:
         host: address to listen on; default this computer only, on a Space all.
         port: default the first free one from 7860 on.
+        threads: CPU threads of the model; default all cores but one, which the browser and the pictures need: two
+            threads on a core that is taken are many times slower than one.
         app_options: as for ``create_app``.
 
     Raises:
@@ -124,6 +135,7 @@ def serve(*, host: str | None = None, port: int | None = None, open_browser: boo
     if on_space:
         app_options.setdefault("lifetime_s", 600.0)
     listener = listen(host or ("0.0.0.0" if on_space else "127.0.0.1"), port or (7860 if on_space else None))
+    torch.set_num_threads(threads or max(1, usable_cores() - 1))
     app = create_app(**app_options)
     address, chosen = listener.getsockname()[:2]
     url = f"http://{'localhost' if address in ('127.0.0.1', '0.0.0.0', '::1', '::') else address}:{chosen}"

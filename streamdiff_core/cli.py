@@ -177,11 +177,10 @@ def demo_command(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         needed = f"the live app needs {error.name}, which is not installed"
         raise ValueError(f"{needed}; run: pip install 'streamdiff[demo]'") from error
-    set_threads(args.threads)
     limits = {"lifetime_s": 60 * args.max_minutes} if args.max_minutes else {}
     app.serve(
         host=args.host, port=args.port, open_browser=not args.no_browser, preset=args.preset, device=args.device,
-        dtype=args.dtype, weights=args.weights, max_streams=args.max_streams, **limits,
+        dtype=args.dtype, weights=args.weights, max_streams=args.max_streams, threads=args.threads, **limits,
     )  # fmt: skip
     return 0
 
