@@ -19,6 +19,7 @@ from streamdiff_core.flow import nearest_table_sigma, sigma_from_timestep, sigma
 from streamdiff_core.inputs import InputRule
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import make_policy
+from streamdiff_core.lockstep import Rows, Work
 from streamdiff_core.schedules import make_schedule
 from streamdiff_core.schedules.steps import NoiseSource, Stepper
 from streamdiff_core.stream_options import StreamOptions
@@ -71,30 +72,34 @@ class Denoiser:
         """Bytes of the cache and of the inputs kept for re-caching."""
         return self.cache.nbytes + sum(x.numel() * x.element_size() for row in self._inputs for x, _ in row.values())
 
-    def advance(self, chunk: Chunk | None, switch: str | None = None) -> list[DenoisedChunk]:
-        """Enter one chunk (None: flush one tick), with a prompt switch if one begins with it."""
+    def work(self, chunk: Chunk | None, switch: str | None = None) -> Work[list[DenoisedChunk]]:
+        """Enter one chunk (None: flush one tick), with a prompt switch if one begins with it.
+
+        Whoever drives it computes the rows it hands out, with those of other streams if they like. Guided
+        predictions, and re-caching after a prompt switch, are forwards of their own.
+        """
         done: list[DenoisedChunk] = []
         if chunk is not None:
-            done = self._set_options(chunk.options or self.options)
+            done = yield from self._set_options(chunk.options or self.options)
             if switch == "reset":
-                done += self._reset()
+                done += yield from self._reset()
             elif switch is not None:
                 self._switch_at[chunk.chunk_idx] = switch
             self._num_real[chunk.chunk_idx] = chunk.num_frames
             if self.guide is not None:
                 self._guided[chunk.chunk_idx] = chunk
             self._noise_of[chunk.chunk_idx] = NoiseSource(self.options.seed, self._noise_mode)
-        return done + self._tick(chunk)
+        return done + (yield from self._tick(chunk))
 
-    def _reset(self) -> list[DenoisedChunk]:
+    def _reset(self) -> Work[list[DenoisedChunk]]:
         """Finish what is in flight, then forget everything."""
-        done = self._finish()
+        done = yield from self._finish()
         self.schedule = self.new_schedule()
         self.cache.clear()
         self._inputs = [{} for _ in self._inputs]
         return done
 
-    def _set_options(self, options: StreamOptions) -> list[DenoisedChunk]:
+    def _set_options(self, options: StreamOptions) -> Work[list[DenoisedChunk]]:
         """Go on under other options; where schedule or cache change, finish what is in flight and build them anew.
 
         The next chunk then counts as a first one: it takes its steps in turn on one row, leaves at once and fills
@@ -105,7 +110,7 @@ class Denoiser:
         if all(getattr(options, name) == getattr(self.options, name) for name in built_from):
             self.options = options
             return []
-        done = self._finish()
+        done = yield from self._finish()
         past, inputs, carries = self.cache, self._inputs[-1], options.policy == self.options.policy
         self.options = options
         self.schedule = self.new_schedule()
@@ -116,17 +121,17 @@ class Denoiser:
         self._inputs = [{f: x for f, x in inputs.items() if f in held} for _ in range(self.cache.num_rows)]
         return done
 
-    def _finish(self) -> list[DenoisedChunk]:
+    def _finish(self) -> Work[list[DenoisedChunk]]:
         done: list[DenoisedChunk] = []
         while self.schedule.num_in_flight:
-            done += self._tick(None)
+            done += yield from self._tick(None)
         return done
 
-    def _tick(self, chunk: Chunk | None) -> list[DenoisedChunk]:
+    def _tick(self, chunk: Chunk | None) -> Work[list[DenoisedChunk]]:
         """Carry out what the schedule asks for, once per chunk."""
         events, done, x0s = self.schedule.push(chunk), [], None
         while (rows := self._until_forward(events, x0s, done)) is not None:
-            x0s = self._forward(rows)
+            x0s = yield from self._forward(rows)
         return done
 
     def _until_forward(self, events: Events, x0s: list[Tensor] | None, done: list[DenoisedChunk]) -> list[RowOp] | None:
@@ -148,20 +153,21 @@ class Denoiser:
                 self._guided.pop(event.chunk_idx, None)
                 done.append(DenoisedChunk(event.chunk_idx, event.latents, num_frames))
 
-    def _forward(self, rows: list[RowOp]) -> list[Tensor]:
+    def _forward(self, rows: list[RowOp]) -> Work[list[Tensor]]:
         for row in rows:
             self._enter_row(row)
-        x0s = self._predict(rows)
+        x0s = (yield self._with_cache(rows)) if self.guide is None else self._guided_forward(rows)
         for row in rows:
             self._keep_inputs(row)
         return x0s
 
-    def _predict(self, rows: list[RowOp]) -> list[Tensor]:
-        def forward(rows: Sequence[RowOp]) -> list[Tensor]:
-            return self.engine.forward([(self.cache, row) for row in rows])
+    def _with_cache(self, rows: Sequence[RowOp]) -> Rows:
+        return [(self.cache, row) for row in rows]
 
-        if self.guide is None:
-            return forward(rows)
+    def _guided_forward(self, rows: list[RowOp]) -> list[Tensor]:
+        def forward(rows: Sequence[RowOp]) -> list[Tensor]:
+            return self.engine.forward(self._with_cache(rows))
+
         chunks = self._guided.values()
         sources = {f: x for chunk in chunks for f, x in zip(chunk.frame_ids, chunk.latents, strict=True)}
         return self.guide.predict(rows, sources, forward)

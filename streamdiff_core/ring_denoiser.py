@@ -16,6 +16,7 @@ from torch import Tensor
 from streamdiff_core.config import Preset
 from streamdiff_core.denoiser import Denoiser, Events
 from streamdiff_core.kv_policies import POLICIES
+from streamdiff_core.lockstep import Work
 from streamdiff_core.ring_engine import RingEngine, Ticket
 from streamdiff_core.stream_options import StreamOptions
 from streamdiff_core.types import Chunk, DenoisedChunk, DenoiseSchedule, RowOp
@@ -97,15 +98,16 @@ class RingDenoiser(Denoiser):
         rows = self.schedule.num_cache_rows
         return self.engine.new_cache(o.policy, o.cache, o.policy_options, rows, self._tokens_per_frame)
 
-    def _set_options(self, options: StreamOptions) -> list[DenoisedChunk]:
+    def _set_options(self, options: StreamOptions) -> Work[list[DenoisedChunk]]:
         past = self.cache
-        done = super()._set_options(options)
+        done = yield from super()._set_options(options)
         if self.cache is not past:
             self.engine.command("drop_cache", number=past.number)
         return done
 
-    def _tick(self, chunk: Chunk | None) -> list[DenoisedChunk]:
+    def _tick(self, chunk: Chunk | None) -> Work[list[DenoisedChunk]]:
         """Issue this tick's forwards and hand out what has come back; waits only for what this tick depends on."""
+        yield from ()  # rows go round the ring, none is handed out
         lanes, done = self.schedule, []
         self.engine.links.check()  # before the schedule moves: a stream that lost a rank keeps saying so
         self.engine.maybe_balance()

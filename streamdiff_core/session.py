@@ -2,8 +2,9 @@
 
 ``push`` takes any number of frames and returns what became ready; ``flush`` returns the rest, after which frames out
 equal frames in. The stages are public (``encode_chunk``, ``denoise_chunk``, ``decode_chunk``) and ``push`` is only
-their composition. State lives here and nowhere else: VAE memory, KV cache, schedule, noise average, last frame
-(SPEC §2.8 lists what goes wrong otherwise).
+their composition; ``work`` is ``push`` with its forwards left to the caller, who may join those of many streams.
+State lives here and nowhere else: VAE memory, KV cache, schedule, noise average, last frame (SPEC §2.8 lists what
+goes wrong otherwise).
 
 Chunks: the first holds 1 + 4n pixel frames, later ones 4n (n latent frames). A shorter tail is padded by repeating
 its last frame and the padding is cut from the output; upstream drops it.
@@ -27,6 +28,7 @@ from streamdiff_core.inputs import HeldFrames, make_inputs
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.kv_policies.sink import describe_content
+from streamdiff_core.lockstep import Work, run_alone
 from streamdiff_core.noise_controller import decide
 from streamdiff_core.prompt_fade import PromptFade
 from streamdiff_core.steady import SteadyState, hold_still
@@ -100,6 +102,11 @@ class StreamSession:
             ValueError: wrong type, shape or size.
             StreamClosedError: after ``close``.
         """
+        return self._run(self.work(frames))
+
+    @torch.inference_mode()
+    def work(self, frames: np.ndarray) -> Work[np.ndarray]:
+        """As ``push``, but whoever drives it computes the rows: those of many streams may share a forward."""
         self._check_open()
         if self.options.mode == "t2v":
             raise ValueError("a text-to-video stream takes no frames; call generate(num_frames=…)")
@@ -114,7 +121,7 @@ class StreamSession:
         while len(self._pending) >= self._frames_wanted:
             count = self._frames_wanted
             taken, self._pending = self._pending[:count], self._pending[count:]
-            out += self._take(np.stack(taken))
+            out += yield from self._take(np.stack(taken))
         return self._deliver(out)
 
     def flush(self) -> np.ndarray:
@@ -125,9 +132,9 @@ class StreamSession:
             count = len(self._pending)
             padded = self._pending + [self._pending[-1]] * (self._frames_wanted - count)
             self._pending = []
-            out += self._take(np.stack(padded), count)
+            out += self._run(self._take(np.stack(padded), count))
         while self.schedule.num_in_flight:
-            out += self._advance(None)
+            out += self._run(self._advance(None))
         return self._deliver(out)
 
     def generate(self, num_frames: int) -> np.ndarray:
@@ -148,9 +155,9 @@ class StreamSession:
         while missing > 0:
             chunk = self._empty_chunk()
             missing -= chunk.num_frames
-            out += self._advance(EncodedChunk(chunk))
+            out += self._run(self._advance(EncodedChunk(chunk)))
         while self.schedule.num_in_flight:
-            out += self._advance(None)
+            out += self._run(self._advance(None))
         clip = np.concatenate(out)
         self._spare = clip[num_frames:].copy()
         return self._deliver([clip[:num_frames]])
@@ -300,12 +307,15 @@ class StreamSession:
     @torch.inference_mode()
     def denoise_chunk(self, encoded: EncodedChunk | None) -> list[DenoisedChunk]:
         """Run the schedule for one chunk (None: flush one tick); returns the chunks that became ready."""
+        return self._run(self._denoise(encoded))
+
+    def _denoise(self, encoded: EncodedChunk | None) -> Work[list[DenoisedChunk]]:
         chunk, switch = None if encoded is None else encoded.chunk, None
         if chunk is not None:
             chunk.prompt, switch, self._switch = self._prompt_at(chunk.frame_ids[-1]), self._switch, None
         held = self._frames_held()
         with self.timer.stage("denoise", None if chunk is None else chunk.chunk_idx):
-            done = self._denoiser.advance(chunk, switch)
+            done = yield from self._denoiser.work(chunk, switch)
         self._evicted = held - self._frames_held()
         return done
 
@@ -349,18 +359,26 @@ class StreamSession:
     def _frames_held(self) -> set[int]:
         return {frame for frame in self._denoiser.cache.tables[-1].frames if frame is not None}
 
-    def _advance(self, encoded: EncodedChunk | None) -> list[np.ndarray]:
-        done = self.denoise_chunk(encoded)
+    @torch.inference_mode()
+    def _run(self, work: Work[Any]) -> Any:
+        return run_alone(work, self.pipe.engine.forward)
+
+    def _advance(self, encoded: EncodedChunk | None) -> Work[list[np.ndarray]]:
+        done = yield from self._denoise(encoded)
+        if done:
+            yield []  # end of a stage
         return [clip for d in done for clip in self._held.after(d.chunk_idx, self.decode_chunk(d).frames)]
 
-    def _take(self, frames: np.ndarray, num_frames: int | None = None) -> list[np.ndarray]:
+    def _take(self, frames: np.ndarray, num_frames: int | None = None) -> Work[list[np.ndarray]]:
         """Process a chunk, or hold it back where an input rule says so; chunks in flight go on either way."""
         something_changed = self._switch is not None or self.options is not self._options_taken
         if self._inputs.holds(frames, must_run=something_changed):
             self._held.add(self._chunk_idx - 1, len(frames) if num_frames is None else num_frames)
-            return [*self._advance(None), *self._held.due()]
+            return [*(yield from self._advance(None)), *self._held.due()]
         self._options_taken = self.options
-        return self._advance(self.encode_chunk(frames, num_frames))
+        encoded = self.encode_chunk(frames, num_frames)
+        yield []  # end of a stage
+        return (yield from self._advance(encoded))
 
     def _deliver(self, clips: list[np.ndarray]) -> np.ndarray:
         empty = np.empty((0, self.options.height, self.options.width, 3), np.uint8)

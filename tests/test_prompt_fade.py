@@ -54,13 +54,13 @@ def pipe():
 def played(pipe, switch, schedule="sequential"):
     """Latents and prompts per chunk; the prompt changes before latent frame 7 (chunk 6)."""
     session, clip = pipe.start("pencil", schedule=schedule), moving_frames(25 + 4 * 22)
-    latents, prompts, advance = record_latents(session), [], session._denoiser.advance
+    latents, prompts, work = record_latents(session), [], session._denoiser.work
 
     def record(chunk, switch=None):
         prompts.append(chunk and chunk.prompt)
-        return advance(chunk, switch)
+        return work(chunk, switch)
 
-    session._denoiser.advance = record
+    session._denoiser.work = record
     session.push(clip[:25])
     if switch:
         session.set_prompt("oil paint", switch)

@@ -2,8 +2,7 @@
 
 Upstream keeps ring indices on the attention modules, edits the shared step list in place and feeds all users
 through one queue, so a second session sees the first (SPEC §2.8-1, §3, §7). Alone means batch 1, so equal
-means bit for bit; rows of two sessions in one forward are summed in another order, hence the float64
-tolerance there.
+means bit for bit. Rows of several sessions in one forward: ``test_batched_sessions``.
 """
 
 from __future__ import annotations
@@ -24,9 +23,6 @@ from random_pipeline import (
     record_latents,
     stream,
 )
-from torch.testing import assert_close
-
-from streamdiff_core.types import Emit, Fork, ForwardOp
 
 NUM_FRAMES = 38
 OPTIONS_A = dict(seed=1, steps=2)
@@ -109,66 +105,6 @@ def test_interleaved_sessions_equal_each_alone(preset, clips):
     for i, session in enumerate(sessions):
         outs[i].append(session.flush())
         assert_same(latents[i], np.concatenate(outs[i]), alone[i])
-
-
-def together(sessions, encoded):
-    """One tick of every session, with the rows of all in one ``Engine.forward``; x0 of what left, per
-    session.
-    """
-    ticks = [s.schedule.push(e.chunk) for s, e in zip(sessions, encoded, strict=True)]
-    replies, left, open_ = [None] * len(ticks), [[] for _ in ticks], set(range(len(ticks)))
-    while open_:
-        waiting = {}
-        for i in sorted(open_):
-            event = _next_forward(ticks[i], replies[i], sessions[i], left[i])
-            if event is None:
-                open_.discard(i)
-            else:
-                waiting[i] = event
-        rows = [(sessions[i].cache, row) for i, event in waiting.items() for row in event.rows]
-        if rows:
-            x0s = iter(sessions[0].pipe.engine.forward(rows))
-            for i, event in waiting.items():
-                replies[i] = [next(x0s) for _ in event.rows]
-    return left
-
-
-def _next_forward(tick, reply, session, left):
-    """Carry out a schedule's events up to its next forward; None at the end of the tick."""
-    while True:
-        try:
-            event = tick.send(reply)
-        except StopIteration:
-            return None
-        reply = None
-        if isinstance(event, ForwardOp):
-            return event
-        if isinstance(event, Fork):
-            session.cache.fork(event.src, event.dst)
-        elif isinstance(event, Emit):
-            left.append(event.latents)
-
-
-def test_rows_of_two_sessions_in_one_forward(clips):
-    """Other prompts, positions, noise levels and numbers of rows share each batch; each row as if alone."""
-    expected = [
-        fresh(RANDOM_PRESET, clips[0], "pencil", **OPTIONS_A)[0],
-        fresh(RANDOM_PRESET, clips[1], "oil paint", **OPTIONS_B)[0],
-    ]
-    pipe = random_pipeline()
-    sessions = [pipe.start("pencil", **OPTIONS_A), pipe.start("oil paint", **OPTIONS_B)]
-    batch_sizes, forward = [], pipe.transformer.forward
-    pipe.transformer.forward = lambda xt, *args: batch_sizes.append(len(xt)) or forward(xt, *args)
-    left = [[], []]
-    for start, end in [(0, 5), *((i, i + 4) for i in range(5, 37, 4))]:
-        encoded = [s.encode_chunk(clip[start:end]) for s, clip in zip(sessions, clips, strict=True)]
-        for mine, new in zip(left, together(sessions, encoded), strict=True):
-            mine += new
-    assert max(batch_sizes) == 5  # 2 rows of one and 3 rows of the other
-    for mine, alone in zip(left, expected, strict=True):
-        assert len(mine) >= 7
-        for a, b in zip(mine, alone, strict=False):
-            assert_close(a, b, rtol=0, atol=1e-9)
 
 
 def test_noise_belongs_to_seed_chunk_and_step(clips):

@@ -111,14 +111,14 @@ def test_a_change_before_the_first_frame_is_another_start(pipe, frames):
 def test_steps_change_on_the_cache_of_the_last_row(pipe, frames, before, after):
     """Oracle: the old cache itself, its last row copied to all others, under a new schedule."""
     session = pipe.start("pencil", steps=before)
-    latents, chunks, denoise = record_latents(session), [], session.denoise_chunk
+    latents, chunks, work = record_latents(session), [], session._denoiser.work
 
-    def record(encoded):
-        if encoded is not None:
-            chunks.append(encoded.chunk)
-        return denoise(encoded)
+    def record(chunk, switch=None):
+        if chunk is not None:
+            chunks.append(chunk)
+        return work(chunk, switch)
 
-    session.denoise_chunk = record
+    session._denoiser.work = record
     session.push(frames[:CHANGE_AFTER])
     session.set_options(steps=after)
     stream(session, frames[CHANGE_AFTER:])
