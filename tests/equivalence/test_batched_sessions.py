@@ -130,7 +130,7 @@ def test_what_is_observed(pipe):
     seen = []
     steps = Lockstep(pipe.engine.forward, observe=lambda *call: seen.append(call))
     users = [User(pipe, 1), User(pipe, 2)]
-    for _ in range(3):
+    for _ in range(4):
         seen.clear()
         steps.run([user.next_work() for user in users])
     stages = [(stage, rows, frames) for stage, rows, frames, _ in seen]
