@@ -185,7 +185,8 @@ def test_carried_keys_are_those_of_the_last_row(pipe, frames):
     session.push(frames[:CHANGE_AFTER])
     session.flush()
     old = session.cache
-    session._denoiser._set_options(replace(session.options, steps=3, cache=pipe.with_cache(window_frames=5)))
+    options = replace(session.options, steps=3, cache=pipe.with_cache(window_frames=5))
+    session._run(session._denoiser._set_options(options))
     new = session.cache
     assert new is not old and new.num_rows == 3 and [f for f in new.tables[2].frames if f is not None] == [0, 4, 5, 6]
     width = new._k_time[0].shape[-1]
