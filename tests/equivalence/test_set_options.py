@@ -240,7 +240,7 @@ def test_every_policy_goes_on(pipe, frames, policy, changes):
     session.push(frames[:29])  # frame 7 sits where frame 4 was: the ring is not in order
     session.flush()
     past = session.cache.tables[-1].copy()
-    session._denoiser._set_options(replace(session.options, steps=1))
+    session._run(session._denoiser._set_options(replace(session.options, steps=1)))
     assert session.cache.tables[0] == past
     session.set_options(**changes)
     stream(session, frames[29:])
