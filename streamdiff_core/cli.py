@@ -1,8 +1,8 @@
-"""The command ``streamdiff``: ``run`` a video, open the ``demo``, ``bench`` and ``doctor`` this machine.
+"""The command ``streamdiff``: ``run`` a video, ``compare`` settings, open the ``demo``, ``bench``, ``doctor``.
 
-Only progress and printing are here (arguments: ``cli_args``); the work is in ``restyle``, ``bench`` and
-``doctor``, imported when needed so that ``--help`` is instant. Results go to stdout (``--json``: one object
-and nothing else), progress and errors to stderr. Exit code 0 done, 1 failed, 2 wrong use, 130 Ctrl-C.
+Only progress and printing are here (arguments: ``cli_args``); the work is in ``restyle``, ``compare``, ``bench`` and
+``doctor``, imported when needed so that ``--help`` is instant. Results go to stdout (``--json``: one object and
+nothing else), progress and errors to stderr. Exit code 0 done, 1 failed, 2 wrong use, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     commands = {
         "run": run_command,
+        "compare": compare_command,
         "bench": bench_command,
         "demo": demo_command,
         "doctor": doctor_command,
@@ -69,24 +70,28 @@ def run_command(args: argparse.Namespace) -> int:
         print(f"streamdiff: say which style you want, for example\n{tries}", file=sys.stderr)
         return 2
     from streamdiff_core import restyle, video_io
+    from streamdiff_core.option_names import parse_settings, start_with
 
     info = video_io.probe(args.input)
     output = Path(args.output) if args.output else restyle.default_output(args.input, args.prompt)
     for target in filter(None, (str(args.output or output), args.strip, args.save_recipe)):
         check_target(target, args.input, args.overwrite)
+    settings = parse_settings([*args.settings, *([f"inputs={args.inputs}"] if args.inputs else [])])
     pipe = load(args)
     total = restyle.expected_frames(info, args.fps, args.max_seconds)
     cache = {"sink_frames": args.sinks, "window_frames": args.window}
     cache = {name: value for name, value in cache.items() if value is not None}
+    options = {
+        "seed": args.seed, "steps": args.steps, "noise_scale": args.noise_scale, "motion_adaptive": not args.no_motion,
+        "schedule": args.schedule or ("sequential" if args.clean_pass else pipe.preset.schedule.kind),
+        "policy": args.policy, "clean_pass": args.clean_pass, "cache": pipe.with_cache(**cache),
+    }  # fmt: skip
     with ProgressBar(total, enabled=sys.stderr.isatty()) as progress:
         result = restyle.restyle_video(
             pipe, args.input, args.prompt, args.output or output,
             size=args.size, fps=args.fps, max_seconds=args.max_seconds, side_by_side_output=args.side_by_side,
             strip=args.strip, prompts=args.prompt_at, on_switch=args.on_switch, progress=progress,
-            seed=args.seed, steps=args.steps, noise_scale=args.noise_scale,
-            motion_adaptive=not args.no_motion,
-            schedule=args.schedule or ("sequential" if args.clean_pass else None), policy=args.policy,
-            clean_pass=args.clean_pass, cache=pipe.with_cache(**cache) if cache else None,
+            **start_with(options, settings, pipe.preset.cache),
         )  # fmt: skip
     return report_run(args, result)
 
@@ -145,6 +150,13 @@ def report_run(args: argparse.Namespace, result: Any) -> int:
         print(f"stopped: {kept}", file=sys.stderr)
         return 130
     return 0
+
+
+def compare_command(args: argparse.Namespace) -> int:
+    """Several settings side by side."""
+    from streamdiff_core.cli_compare import run_compare
+
+    return run_compare(args)
 
 
 def bench_command(args: argparse.Namespace) -> int:

@@ -57,6 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--quantise", choices=QUANTISATIONS, help="weights in int8 or fp8 (needs torchao)")
     model.add_argument("--threads", type=positive(int), help="CPU threads (default: PyTorch's choice)")
     _add_run(commands.add_parser("run", parents=[common, model], help="restyle a video", epilog=RUN_NOTES))
+    _add_compare(
+        commands.add_parser(
+            "compare", parents=[common, model], help="several settings side by side", epilog=COMPARE_NOTES
+        )
+    )
     _add_bench(commands.add_parser("bench", parents=[common, model], help="measure speed, FLOPs and MFU here"))
     _add_demo(commands.add_parser("demo", parents=[common], help="open the live app in the browser"))
     doctor = commands.add_parser("doctor", parents=[common], help="check this installation and machine")
@@ -97,6 +102,8 @@ def _add_run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--policy", default="sink", choices=POLICIES, help="what the cache keeps (default sink)")
     p.add_argument("--sinks", type=int, help="first latent frames kept for good (1 latent frame = 4 frames)")
     p.add_argument("--window", type=int, help="latest latent frames kept")
+    p.add_argument("--inputs", metavar="RULE[+RULE…]", help="rules of the input side, such as freeze+rcfg")
+    _add_set(p)
     p.add_argument("--clean-pass", action="store_true", help="rewrite the cache with clean frames (sequential only)")
     p.add_argument("--side-by-side", action="store_true", help="write the input beside the result")
     p.add_argument("--strip", metavar="PNG", help="also draw six moments before and after")
@@ -104,6 +111,35 @@ def _add_run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--fps", type=positive(float), help="resample the input to this frame rate")
     p.add_argument("--stages", type=positive(int), metavar="N",
                    help="spread the model over N processes (or GPUs); under torchrun: its ranks")  # fmt: skip
+
+
+COMPARE_NOTES = (
+    "NAME is an option of a stream (steps, noise_scale, policy, schedule, seed, …), a field of the cache (sink_frames, "
+    "window_frames, positions, …), inputs, or a knob as in ema_sink.decay; docs/MECHANISMS.md lists all. Finished "
+    "cells are kept: the same command again goes on where it stopped."
+)
+
+
+def _add_compare(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(command="compare")
+    p.add_argument("input", metavar="INPUT", nargs="?", help="video, folder of images, or the word sample")
+    p.add_argument("--vary", action="append", default=[], metavar="NAME=A,B,…",
+                   help="a setting and its values; repeated: every combination")  # fmt: skip
+    _add_set(p)
+    p.add_argument("-p", "--prompt", help="the style in your own words")
+    p.add_argument("--prompt-at", type=parse_prompt_at, action="append", default=[], metavar="SECONDS=PROMPT",
+                   help="change the prompt at this time of the clip; may be repeated")  # fmt: skip
+    p.add_argument("--on-switch", default="keep", choices=SWITCHES, help="the cache at such a change (default keep)")
+    p.add_argument("--recipe", metavar="JSON", help="make this comparison again: the recipe.json in its folder")
+    p.add_argument("-o", "--output", metavar="FOLDER", required=True, help="where everything goes")
+    p.add_argument("--max-seconds", type=positive(float), help="stop after this much of the input")
+    p.add_argument("--fps", type=positive(float), help="resample the input to this frame rate")
+    p.add_argument("--clip", metavar="FOLDER", help="also score against the prompt with a CLIP model in this folder")
+
+
+def _add_set(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
+                   help="any other setting, as positions=ahead or ema_sink.decay=0.9; may be repeated")  # fmt: skip
 
 
 def _add_bench(p: argparse.ArgumentParser) -> None:

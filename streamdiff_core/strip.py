@@ -64,7 +64,7 @@ class StripCollector:
         room = MAX_WIDTH_PX - 2 * MARGIN_PX - (NUM_MOMENTS - 1) * GAP_PX
         scale = min(1.0, room / NUM_MOMENTS / width)
         width, height = max(1, int(width * scale)), max(1, int(height * scale))
-        font, small = _font(20), _font(15)
+        font, small = load_font(20), load_font(15)
         band = 38
         total = 2 * MARGIN_PX + len(moments) * (width + GAP_PX) - GAP_PX
         picture = Image.new("RGB", (total, 2 * (height + band) + MARGIN_PX), PAPER)
@@ -81,7 +81,7 @@ class StripCollector:
         middle = rows[1] + band / 2
         note_width = draw.textlength(note, font=small)
         draw.text((MARGIN_PX, band / 2), "input", fill=FAINT, font=font, anchor="lm")
-        caption = _shorten(caption, total - 3 * MARGIN_PX - note_width, font)
+        caption = shorten(caption, total - 3 * MARGIN_PX - note_width, font)
         draw.text((MARGIN_PX, middle), caption, fill=INK, font=font, anchor="lm")
         if draw.textlength(caption, font=font) + note_width + 3 * MARGIN_PX <= total:
             draw.text((total - MARGIN_PX, middle), note, fill=FAINT, font=small, anchor="rm")
@@ -89,14 +89,15 @@ class StripCollector:
         return Path(path)
 
 
-def _font(size_px: int) -> ImageFont.ImageFont:
+def load_font(size_px: int) -> ImageFont.ImageFont:
     """Pillow's own scalable font; its small bitmap font where Pillow was built without FreeType."""
     from PIL import ImageFont
 
     return ImageFont.load_default(size_px)
 
 
-def _shorten(text: str, room_px: float, font: ImageFont.ImageFont) -> str:
+def shorten(text: str, room_px: float, font: ImageFont.ImageFont) -> str:
+    """The text, cut with an ellipsis where it is wider than the room."""
     if font.getlength(text) <= room_px:
         return text
     while text and font.getlength(text + "…") > room_px:

@@ -32,6 +32,8 @@ class VideoWriter:
             an empty folder that exists.
         fps: Frames per second.
         crf: Quality of H.264, 0 (best) … 51; 18 is hard to tell from the source. VP9 uses ``crf + 12``.
+        lossless: Keep every value (H.264 in RGB, ``.mkv`` or ``.mp4``); for files that are read again, few players
+            show them.
         comment: Text for the file's ``comment`` tag (not GIF, not PNG); as an attribute it may be set until
             ``finish``.
 
@@ -41,12 +43,16 @@ class VideoWriter:
         ValueError: Unknown suffix, no such folder, a folder that is not empty, or a rate not above 0.
     """
 
-    def __init__(self, path: str | Path, fps: float, *, crf: int = 18, comment: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, fps: float, *, crf: int = 18, lossless: bool = False, comment: str | None = None
+    ) -> None:
         wants_folder = str(path).endswith(("/", os.sep))
         self.path = Path(path).expanduser()
         self.num_frames, self.comment = 0, comment
         wants_folder = wants_folder or self.path.is_dir()
         _check_target(self.path, fps, wants_folder)
+        if lossless and self.path.suffix.lower() not in (".mkv", ".mp4"):
+            raise ValueError(f"a lossless video ends in .mkv or .mp4, got '{self.path.name}'")
         suffix = "" if wants_folder else self.path.suffix
         self._partial = self.path.parent / f".{self.path.stem}.partial-{os.getpid()}{suffix}"
         self._frame_shape: tuple[int, ...] | None = None
@@ -58,7 +64,8 @@ class VideoWriter:
         elif suffix.lower() == ".gif":
             self._output = _Gif(self._partial, rate)
         else:
-            self._output = _EncodedFile(self._partial, rate, _CODECS[suffix.lower()], crf)
+            codec = "libx264rgb" if lossless else _CODECS[suffix.lower()]
+            self._output = _EncodedFile(self._partial, rate, codec, 0 if lossless else crf)
 
     def write(self, frames: np.ndarray) -> None:
         """Append uint8 ``[T, H, W, 3]``; T = 0 is allowed and does nothing.
@@ -137,7 +144,7 @@ class _Output(Protocol):
 
 
 class _EncodedFile:
-    """H.264 or VP9 through PyAV, yuv420p; opened at the first frame, when the size is known."""
+    """H.264 or VP9 through PyAV, yuv420p (lossless: RGB); opened at the first frame, when the size is known."""
 
     def __init__(self, path: Path, rate: Fraction, codec: str, crf: int) -> None:
         self._path, self._rate, self._codec, self._crf = path, rate, codec, crf
@@ -148,12 +155,14 @@ class _EncodedFile:
         from av.video.reformatter import Colorspace
 
         height, width = frame.shape[:2]
-        if height % 2 or width % 2:
+        is_rgb = self._codec == "libx264rgb"
+        if not is_rgb and (height % 2 or width % 2):
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         if self._container is None:
             self._open(*frame.shape[:2])
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+        if not is_rgb:
+            picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
         self._container.mux(self._stream.encode(picture))
 
     def _open(self, height: int, width: int) -> None:
@@ -166,6 +175,9 @@ class _EncodedFile:
         self._stream = self._container.add_stream(self._codec, rate=self._rate, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         context = self._stream.codec_context
+        if self._codec == "libx264rgb":
+            self._stream.pix_fmt = "rgb24"
+            return
         context.color_primaries = context.color_trc = context.colorspace = 1  # BT.709
         context.color_range = 1  # limited ("TV") range
 

@@ -348,3 +348,13 @@ def test_side_by_side_matches_the_sizes() -> None:
     assert out.shape == (2, 64, 128, 3) and (out[:, :, :64] == 9).all() and (out[:, :, 64:] == 7).all()
     with pytest.raises(ValueError, match="2 frames before and 1 after"):
         side_by_side(out, out[:1])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 81)])
+def test_lossless_video_keeps_every_value(tmp_path: Path, size: tuple[int, int]) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (5, *size, 3), dtype=np.uint8)
+    with VideoWriter(tmp_path / "o.mkv", 16, lossless=True, comment="as it was") as writer:
+        writer.write(frames)
+    np.testing.assert_array_equal(np.stack(list(read_video(tmp_path / "o.mkv"))), frames)
+    with pytest.raises(ValueError, match="lossless video ends in .mkv or .mp4"):
+        VideoWriter(tmp_path / "o.webm", 16, lossless=True)
