@@ -90,5 +90,5 @@ def draw_bars(
     axes.set_xticks(range(len(groups)), groups)
     axes.set(ylabel=ylabel, title=title)
     if len(series) > 1:
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=min(4, len(series)))
     return figure

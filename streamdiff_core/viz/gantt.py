@@ -51,7 +51,7 @@ def draw_gantt(
         axes.barh(lane, long_ms, left=start_ms, height=0.7, color=colour, hatch=hatch, edgecolor="white")
         if event.chunk_idx is not None and long_ms > 0.02 * width_ms:
             axes.text(start_ms + long_ms / 2, lane, str(event.chunk_idx), ha="center", va="center", fontsize=10,
-                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # fmt: skip
+                      clip_on=True, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # fmt: skip
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, width_ms)
