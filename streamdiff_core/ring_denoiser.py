@@ -15,6 +15,7 @@ from torch import Tensor
 
 from streamdiff_core.config import Preset
 from streamdiff_core.denoiser import Denoiser, Events
+from streamdiff_core.inputs import INPUTS
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.lockstep import Work
 from streamdiff_core.ring_engine import RingEngine, Ticket
@@ -79,6 +80,12 @@ class RingDenoiser(Denoiser):
     schedule: Lanes
 
     def __init__(self, engine: RingEngine, preset: Preset, options: StreamOptions, tokens_per_frame: int) -> None:
+        guides = [name for name in options.input_options if INPUTS[name].guides]
+        if guides:  # x0s come back later than the rule would change them
+            raise ValueError(
+                f"input rule {guides[0]!r} guides predictions, which stages cannot do; run it in one process, or leave "
+                "it out of input_options"
+            )
         self._under_way: deque[Tick] = deque()
         super().__init__(engine, preset, options, tokens_per_frame)
         self.stream = engine.open_stream()

@@ -98,7 +98,7 @@ def read_file(path: Path, wrapper: str | None = None) -> tuple[dict[str, Tensor]
         reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
         if os.strerror(errno.ENOMEM) in reason:
             raise CheckpointError(
-                f"{path}: {path.stat().st_size / 1e9:.1f} GB are larger than this machine's memory, and the system does "
+                f"{path}: {path.stat().st_size / 1e9:.1f} GB are larger than this machine's memory and the system does "
                 "not map them; add swap, or take a file in several shards"
             ) from error
         raise CheckpointError(

@@ -127,6 +127,15 @@ def test_knobs_of_sequential(frames, knobs):
         assert_close_streams(watch(pipe.start("pencil", **options), frames=frames), one)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_guidance_is_refused(frames, size):
+    """Stages answer later; a stream that is silently unguided would be worse. The ring goes on without it."""
+    with ring(size) as pipe:
+        with pytest.raises(ValueError, match="'rcfg' guides predictions.* run it in one process"):
+            pipe.start("pencil", input_options=dict(rcfg={}))
+        assert len(watch(pipe.start("pencil"), frames=frames)[1]) == len(frames)
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_stages_equal_the_same_batches_in_one_process_bit_for_bit(frames, size):
     with ring(1, num_lanes=size) as pipe:
