@@ -53,8 +53,7 @@ class Engine:
         timestep = torch.tensor(
             [r.timestep if isinstance(r.timestep, tuple) else (r.timestep,) * frames for _, r in rows],
             dtype=torch.float64 if xt.dtype == torch.float64 else torch.float32,
-            device=xt.device,
-        )
+        ).to(xt.device, non_blocking=True)  # made on the device, it would wait for all work queued there
         views = [cache.begin(row.cache_row, row.frame_ids, row.descriptor, row.prompt) for cache, row in rows]
         velocity = self.transformer(xt, timestep, [row.prompt for _, row in rows], views)
         return [x0_from_velocity(x, v, _level(row)) for x, v, (_, row) in zip(xt, velocity, rows, strict=True)]

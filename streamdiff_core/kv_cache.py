@@ -261,7 +261,7 @@ class CacheView:
             return plan.reader(slots, q)
         bias = None
         if plan.bias is not None:
-            per_slot = torch.tensor(plan.bias, dtype=q.dtype, device=q.device)
+            per_slot = torch.tensor(plan.bias, dtype=q.dtype).to(q.device, non_blocking=True)
             bias = per_slot.repeat_interleave(self.cache.tokens_per_frame)
         return [Read(*slots.tokens(plan.visible, plan.num_visible), bias)]
 

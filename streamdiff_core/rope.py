@@ -45,7 +45,7 @@ def spatial_rotation(
     angles = torch.cat(
         [torch.zeros(rows * cols, time, dtype=torch.float64), _angles(y, height), _angles(x, width)], dim=1
     )
-    return _unit(angles, dtype).to(device)
+    return _unit(angles, dtype).to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=512)
@@ -54,7 +54,7 @@ def temporal_rotation(
     positions: tuple[int, ...], columns: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Multiplier [F, columns[0]] for latent frames at the given temporal positions."""
-    return _unit(_angles(torch.tensor(positions), columns[0]), dtype).to(device)
+    return _unit(_angles(torch.tensor(positions), columns[0]), dtype).to(device, non_blocking=True)  # no host sync
 
 
 def rotate(x: Tensor, multiplier: Tensor) -> Tensor:
