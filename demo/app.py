@@ -32,8 +32,9 @@ from fastapi import FastAPI  # noqa: E402
 from fastapi.responses import FileResponse  # noqa: E402
 from fastapi.staticfiles import StaticFiles  # noqa: E402
 
+from demo.compare_tab import MAX_UPLOAD_BYTES, build_compare  # noqa: E402
 from demo.transport import MAX_MESSAGE_BYTES, live_router  # noqa: E402
-from demo.ui import Choices, build_ui, page_settings  # noqa: E402
+from demo.ui import Choices, build_ui, page_settings, page_theme  # noqa: E402
 from streamdiff_core import LiveEngine, Preset, StreamPipeline, get_preset  # noqa: E402
 from streamdiff_core.kv_policies import POLICIES  # noqa: E402
 from streamdiff_core.machine import usable_cores  # noqa: E402
@@ -89,6 +90,10 @@ def create_app(
     def sample() -> FileResponse:
         return FileResponse(sample_clip_path(), media_type="video/mp4")
 
+    gr.mount_gradio_app(
+        app, build_compare(engine, get_preset(preset)), path="/compare", ssr_mode=False,
+        theme=page_theme(), footer_links=[], max_file_size=MAX_UPLOAD_BYTES,
+    )  # fmt: skip
     blocks, settings = build_page(get_preset(preset))
     return gr.mount_gradio_app(app, blocks, path="/", ssr_mode=False, **settings)
 

@@ -57,20 +57,24 @@ class Choices:
 
 def page_settings() -> dict[str, Any]:
     """Arguments for ``gr.mount_gradio_app``: theme, style sheet, scripts; nothing from another host."""
-    theme = gr.themes.Soft(
-        primary_hue="violet",
-        neutral_hue="slate",
-        radius_size="lg",
-        font=SYSTEM_FONTS,
-        font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
-    )
     head = (
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="page/icon.svg" type="image/svg+xml">'
         '<link rel="stylesheet" href="page/style.css">'
         '<script type="module" src="page/stream.js"></script>'
     )
-    return {"theme": theme, "head": head, "footer_links": []}
+    return {"theme": page_theme(), "head": head, "footer_links": []}
+
+
+def page_theme() -> gr.themes.Base:
+    """Colours and fonts of all pages; the fonts are the system's."""
+    return gr.themes.Soft(
+        primary_hue="violet",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=SYSTEM_FONTS,
+        font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+    )
 
 
 def build_ui(choices: Choices | None = None) -> gr.Blocks:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from streamdiff_core.drift import Drift, DriftMeter
     from streamdiff_core.live_engine import LiveEngine, ServerFullError
     from streamdiff_core.live_events import LiveReply
+    from streamdiff_core.live_pauses import PauseWork
     from streamdiff_core.live_stream import LiveStream
     from streamdiff_core.pipeline import StreamPipeline
     from streamdiff_core.recipe import OptionEvent, PromptEvent, Recipe
@@ -32,6 +33,7 @@ _LAZY = {
     "LiveEngine": "live_engine",
     "LiveReply": "live_events",
     "LiveStream": "live_stream",
+    "PauseWork": "live_pauses",
     "ServerFullError": "live_engine",
     "OptionEvent": "recipe",
     "PromptEvent": "recipe",
@@ -53,6 +55,7 @@ __all__ = [
     "LiveStream",
     "ModelConfig",
     "OptionEvent",
+    "PauseWork",
     "Preset",
     "PromptEvent",
     "Recipe",

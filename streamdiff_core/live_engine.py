@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from streamdiff_core.live_events import error_event, sentence
+from streamdiff_core.live_pauses import PauseWork
 from streamdiff_core.live_stream import LiveStream
 from streamdiff_core.pipeline import StreamPipeline
 from streamdiff_core.recorder import RecordingShelf
@@ -67,6 +68,7 @@ class LiveEngine:
         self._streams: list[LiveStream] = []
         self._idle_told: dict[LiveStream, float] = {}
         self._serving: LiveStream | None = None
+        self._pause_work: PauseWork | None = None
         self._chunk_ms = 0.0
         self._is_stopping = False
         self._thread = threading.Thread(target=self._keep_running, name="streamdiff-model", daemon=True)
@@ -112,6 +114,19 @@ class LiveEngine:
             if stream is not self._serving:
                 stream.free()
 
+    def work_in_pauses(self, work: PauseWork) -> PauseWork:
+        """Do this while no stream needs the model; one at a time.
+
+        Raises:
+            ServerFullError: there is such work already, or the server stops.
+        """
+        with self._changed:
+            if self._is_stopping or (self._pause_work is not None and not self._pause_work.done.is_set()):
+                raise ServerFullError("the server is stopping" if self._is_stopping else "other work is under way")
+            self._pause_work = work
+            self._changed.notify()
+        return work
+
     def shutdown(self) -> None:
         """Close every stream and end the worker."""
         with self._changed:
@@ -148,11 +163,24 @@ class LiveEngine:
         while not self._is_stopping:
             with self._changed:
                 turn = self._next_streams()
-                if not turn:
+                work = None if turn else self._pause_work
+                if not turn and work is None:
                     self._changed.wait(TICK_S)
             for stream in turn:
                 self._serve(stream)
+            if work is not None:
+                self._work(work)
             self._check_times()
+        if self._pause_work is not None:
+            self._pause_work.end()
+
+    def _work(self, work: PauseWork) -> None:
+        """One step of what is done in pauses."""
+        self._prepare()
+        work.step(self.pipe)
+        with self._changed:
+            if work.done.is_set() and self._pause_work is work:
+                self._pause_work = None
 
     def _next_streams(self) -> list[LiveStream]:
         """The streams whose chunks run next: of those with work the one that waited longest."""
