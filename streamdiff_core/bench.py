@@ -20,14 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from streamdiff_core.bench_baseline import compare_with_eager, synchronize
 from streamdiff_core.bench_frames import FrameLoop, source_frames
-from streamdiff_core.config import get_preset
-from streamdiff_core.dit import CausalWanTransformer
+from streamdiff_core.forecast import CHUNK_FRAMES, PAPER_FPS, SIZES, forecast, machine_of, work_of
 from streamdiff_core.machine import machine_facts, peak_memory_bytes, source_commit
-from streamdiff_core.pipeline import StreamPipeline, cast_vae, pick_device, pick_dtype
+from streamdiff_core.pipeline import StreamPipeline
+from streamdiff_core.random_weights import random_pipeline
 from streamdiff_core.session import StreamSession
-from streamdiff_core.text import TinyTextEncoder
 from streamdiff_core.timing import measure_gemm_peak_flops
-from streamdiff_core.vae import TinyVAE
 
 PROMPT = "thick oil painting, cobalt and yellow brush dabs"
 STAGES = ("border", "encode", "denoise", "decode")
@@ -58,7 +56,11 @@ class BenchOptions:
     random_weights: bool = False
     """Untrained weights of the same shapes: the same speed, no picture."""
     compare_eager: bool = True
-    """Also run the float32 eager yardstick."""
+    """Also run the float32 eager yardstick (bundled preset; a full-size one is held against the paper instead)."""
+    vae: str = "wan"
+    """Full-size presets: ``wan``, or the file of a TAEHV (with random weights: any other word)."""
+    shrink: int = 1
+    """Full-size presets with random weights: divisor of all sizes, for a machine without a GPU."""
 
 
 def run_benchmark(options: BenchOptions, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -88,12 +90,18 @@ def run_benchmark(options: BenchOptions, progress: Callable[[str], None] = lambd
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
     for run in runs:
         add_mfu(run, peaks, dtype if dtype in peaks else "float32")
+    machine = machine_facts(pipe.device)
+    if work_of(options.preset) and options.shrink == 1 and options.vae == "wan":
+        for run in runs:
+            add_expectations(run, options.preset, (width, height), machine["hardware"])
     on_cuda = pipe.device.type == "cuda"
     return {
-        "machine": machine_facts(pipe.device),
+        "machine": machine,
         "commit": source_commit(),
         "date": time.strftime("%Y-%m-%d"),
         "preset": options.preset,
+        "shrink": options.shrink,
+        "vae": options.vae,
         "device": str(pipe.device),
         "dtype": dtype,
         "weights": "random" if options.random_weights else "of the caller" if options.weights else "bundled",
@@ -144,7 +152,7 @@ def measure_stream(
         "chunk_flops": flops,
         "session_bytes": session.nbytes,
     }
-    if options.compare_eager:
+    if options.compare_eager and pipe.preset.bundled:
         stride = pipe.preset.vae.spatial_stride
         comparison = compare_with_eager(
             pipe.transformer, session.options.cache, pipe.text_encoder.encode([PROMPT]),
@@ -203,6 +211,18 @@ def add_mfu(run: dict[str, Any], peaks: dict[str, float], dtype: str) -> None:
     run["dit_mfu_by_peak"] = {name: dit / peak for name, peak in peaks.items()}
 
 
+def add_expectations(run: dict[str, Any], preset: str, size: tuple[int, int], hardware: str) -> None:
+    """What the paper measured for this work, and what the roofline predicts for this machine where it is known."""
+    work, name, steps = work_of(preset), SIZES.get(size), run["steps"]
+    rows = PAPER_FPS.get(("H100", work, name))
+    if rows and steps <= len(rows[0]):
+        run["paper_fps"] = {f"{n} H100": rows[n - 1][steps - 1] for n in (1, 4)}
+    machine = machine_of(hardware)
+    if machine and name:
+        expected = forecast(work, name, machine.name, steps=steps)
+        run["predicted_fps"], run["predicted_chunk_ms"] = expected.fps, 1e3 * CHUNK_FRAMES / expected.fps
+
+
 def gemm_peaks(device: torch.device) -> dict[str, float]:
     """FLOP/s of square matrix products in both number types, now."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -212,23 +232,9 @@ def gemm_peaks(device: torch.device) -> dict[str, float]:
 def load_pipeline(options: BenchOptions) -> StreamPipeline:
     """The preset, with its own, other or random weights."""
     if options.random_weights:
-        return random_pipeline(options.preset, options.device, options.dtype)
+        return random_pipeline(options.preset, options.device, options.dtype, vae=options.vae, shrink=options.shrink)
+    if options.shrink > 1:
+        raise ValueError("trained weights have one size; shrink goes with random weights only")
     return StreamPipeline.from_preset(
-        options.preset, device=options.device, dtype=options.dtype, weights=options.weights
-    )
-
-
-def random_pipeline(preset: str, device: str = "auto", dtype: str = "auto", seed: int = 0) -> StreamPipeline:
-    """Untrained modules in the preset's shapes and number types: real speed, meaningless pictures."""
-    config = get_preset(preset)
-    if config.text is None:
-        raise ValueError(f"preset {preset!r} has no text encoder of its own here; use 'tiny'")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        modules = CausalWanTransformer(config.model), TinyVAE(config.vae), TinyTextEncoder(config.text)
-    transformer, vae, text = modules
-    place = pick_device(device)
-    number = pick_dtype(dtype, place)
-    return StreamPipeline.from_modules(
-        config, transformer.to(place, number), cast_vae(vae, place, number), text.to(place)
+        options.preset, device=options.device, dtype=options.dtype, weights=options.weights, vae=options.vae
     )

@@ -20,7 +20,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         ),
         ("threads", machine["torch_threads"]),
         ("CPU has bf16", "yes" if machine["cpu_has_bf16"] else "no"),
-        ("preset, size", f"{result['preset']}, {result['width']}×{result['height']}"),
+        ("preset, size", f"{result['preset']}{_shrunken(result)}, {result['width']}×{result['height']}"),
         ("number type", f"{result['dtype']} on {result['device']}"),
         ("weights, input", f"{result['weights']}, {result['source']}"),
         ("GEMM peak in this run", ", ".join(f"{name} {_tera(peak)}" for name, peak in peaks.items())),
@@ -28,6 +28,9 @@ def to_markdown(result: dict[str, Any]) -> str:
         ("peak memory", _memory(result)),
     )
     rows = [(label, *(cell(run) for run in runs)) for label, cell in ROWS]
+    if any("paper_fps" in run or "predicted_fps" in run for run in runs):
+        rows += [("the paper's frames per second", *(_paper(run) for run in runs)),
+                 ("roofline prediction for this machine", *(_predicted(run) for run in runs))]  # fmt: skip
     rows += [
         (f"{label} against the {name} peak", *(f"{run[key][name]:.1%}" for run in runs))
         for label, key in (("MFU, whole loop", "mfu_by_peak"), ("MFU, transformer", "dit_mfu_by_peak"))
@@ -78,7 +81,7 @@ def to_lines(result: dict[str, Any]) -> list[str]:
     peaks = ", ".join(f"{name} {_tera(peak)}" for name, peak in result["gemm_peak_flops_per_s"].items())
     size = f"{result['width']}×{result['height']}"
     lines = [
-        f"{result['preset']} {size}, {result['dtype']}, {result['machine']['hardware']}",
+        f"{result['preset']}{_shrunken(result)} {size}, {result['dtype']}, {result['machine']['hardware']}",
         f"load {result['load_s']:.2f} s, peak memory {_memory(result)}, matrix product peak {peaks}",
     ]
     for run in result["runs"]:
@@ -90,6 +93,8 @@ def to_lines(result: dict[str, Any]) -> list[str]:
             f"  {run['chunk_flops']['total'] / 1e9:.2f} GFLOP a chunk; MFU {run['mfu']:.1%} end to end, "
             f"{run['dit_mfu']:.1%} transformer ({run['mfu_dtype']} peak)",
         ]
+        if "paper_fps" in run or "predicted_fps" in run:
+            lines.append(f"  paper: {_paper(run)}; roofline prediction for this machine: {_predicted(run)}")
         if "eager_float32" in run:
             lines.append(f"  transformer {run['eager_float32']['speedup']:.2f}× faster than float32 eager")
     return lines
@@ -115,12 +120,25 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def _shrunken(result: dict[str, Any]) -> str:
+    return f" shrunken by {result['shrink']}: not the full size" if result["shrink"] > 1 else ""
+
+
 def _stage(run: dict[str, Any], name: str) -> str:
     return f"{run['stage_ms_per_chunk'].get(name, float('nan')):.1f} ms"
 
 
 def _eager(run: dict[str, Any], key: str, style: str) -> str:
     return style.format(run["eager_float32"][key]) if "eager_float32" in run else "not measured"
+
+
+def _paper(run: dict[str, Any]) -> str:
+    figures = run.get("paper_fps", {})
+    return ", ".join(f"{fps:.1f} fps on {where}" for where, fps in figures.items()) or "no figure"
+
+
+def _predicted(run: dict[str, Any]) -> str:
+    return f"{run['predicted_fps']:.1f} fps" if "predicted_fps" in run else "none"
 
 
 def _tera(flops_per_s: float) -> str:

@@ -148,6 +148,9 @@ def _add_bench(p: argparse.ArgumentParser) -> None:
     p.add_argument("--chunks", type=positive(int), default=40, help="chunks of 4 frames to time (default 40)")
     p.add_argument("--input", help="video to use in place of synthetic moving frames")
     p.add_argument("--random-weights", action="store_true", help="untrained weights: same speed, no files needed")
+    p.add_argument("--shrink", type=positive(int), default=1, metavar="K",
+                   help="full-size preset with random weights: divide layers, heads, widths, VAE channels and picture "
+                   "side by K, to run on a CPU")  # fmt: skip
     p.add_argument("--no-eager", action="store_true", help="leave out the comparison with float32 eager")
     p.add_argument("--report", nargs="?", const="", metavar="PATH",
                    help="write Markdown (default benchmarks/results/PRESET_HARDWARE_YYYYMM.md)")  # fmt: skip

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from streamdiff_core.bench import random_pipeline
 from streamdiff_core.bench_frames import FrameLoop, moving_frames
 from streamdiff_core.config import PRESETS, Preset
+from streamdiff_core.forecast import forecast, machine_of, work_of
 from streamdiff_core.machine import machine_facts
 from streamdiff_core.pipeline import ASSETS, StreamPipeline
+from streamdiff_core.random_weights import random_pipeline
 from streamdiff_core.types import CheckpointError
 from streamdiff_core.video_io import probe, read_video, sample_clip_path
 
@@ -109,12 +110,25 @@ def check_sample() -> str:
 
 
 def judge_preset(preset: Preset, facts: dict[str, Any]) -> str:
-    """Whether a full-size preset could run here; raises with what it needs when it could not."""
+    """Whether a full-size preset could run here, and how fast; raises with what it needs when it could not."""
     source = preset.source
     needs = source.gpu_memory_gb
-    if any(gpu["memory_gb"] >= needs for gpu in facts["gpus"]):
-        return f"the GPU is large enough ({needs:.0f} GB); weights come from {source.repo} on first use"
+    roomy = [gpu for gpu in facts["gpus"] if gpu["memory_gb"] >= needs]
+    if roomy:
+        weights = f"weights come from {source.repo} on first use"
+        return f"the GPU is large enough ({needs:.0f} GB); {predict_speed(preset, roomy[0]['name'])}; {weights}"
     raise ValueError(f"needs a GPU with {needs:.0f} GB, and its weights from {source.repo}")
+
+
+def predict_speed(preset: Preset, gpu_name: str) -> str:
+    """Frames per second of a live stream by the roofline, or how to measure them."""
+    measure = f"streamdiff bench --preset {preset.name} --random-weights"
+    machine, work = machine_of(gpu_name), work_of(preset.name)
+    if machine is None or work is None:
+        return f"no prediction for {gpu_name}: {measure} measures it"
+    found = {steps: forecast(work, "480p", machine.name, steps=steps) for steps in (1, 2)}
+    figures = " and ".join(f"{f.fps:.0f} fps at {steps} step{'s' * (steps > 1)}" for steps, f in found.items())
+    return f"predicted, not measured: {figures}, live at 480p ({measure} measures it)"
 
 
 def measure_tiny(folder: Path, budget_s: float) -> str:

@@ -110,6 +110,8 @@ MACHINES: dict[str, Machine] = {
         ),  # fmt: skip
         # SPEC §9.4: 989 is the dense figure, the paper's 1979 counts sparsity
         Machine(name="H100", peak_flops=989e12, bandwidth_bytes_per_s=3.35e12, efficiency=0.63),
+        # dense bfloat16; nothing published to fit, so H100's efficiency is assumed
+        Machine(name="B200", peak_flops=2250e12, bandwidth_bytes_per_s=8e12, efficiency=0.63),
         Machine(name="4xH100", peak_flops=989e12, bandwidth_bytes_per_s=3.35e12, efficiency=0.63, num_replicas=4),
     )
 }

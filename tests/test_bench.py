@@ -146,15 +146,35 @@ def test_report_is_named_by_hardware_and_date(result: dict, tmp_path: Path) -> N
     assert any("MFU" in line for line in bench_report.to_lines(fixed))
 
 
-def test_random_pipeline_is_the_preset_and_repeats() -> None:
-    state = torch.get_rng_state()
-    first, second = (bench.random_pipeline("tiny", "cpu", "float32") for _ in range(2))
-    torch.testing.assert_close(torch.get_rng_state(), state)
-    assert first.preset.name == "tiny"
-    for a, b in zip(first.transformer.parameters(), second.transformer.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="tiny"):
-        bench.random_pipeline("wan-1.3b")
+@pytest.mark.parametrize(
+    ("hardware", "size", "predicted"),
+    [
+        ("NVIDIA H100 80GB HBM3", (832, 480), 18.2),
+        ("AMD EPYC, 2 cores", (832, 480), None),
+        ("NVIDIA H100", (640, 352), None),
+    ],
+)
+def test_full_size_runs_are_held_against_paper_and_roofline(result: dict, hardware, size, predicted) -> None:
+    run = {**result["runs"][1]}
+    bench.add_expectations(run, "self-forcing-1.3b", size, hardware)
+    assert run.get("paper_fps") == ({"1 H100": 17.97, "4 H100": 43.41} if size == (832, 480) else None)
+    assert run.get("predicted_fps") == (pytest.approx(predicted, abs=0.1) if predicted else None)
+    text = bench_report.to_markdown({**result, "runs": [run]})
+    assert ("18.0 fps on 1 H100, 43.4 fps on 4 H100" in text) == (size == (832, 480))
+
+
+def test_shrunken_full_size_preset_runs_to_a_report() -> None:
+    """The same benchmark a GPU runs, on a CPU; what it is must be said, and nothing compared with the full size."""
+    pytest.importorskip("diffusers")
+    options = bench.BenchOptions(
+        preset="wan-1.3b", random_weights=True, shrink=12, steps=(1,), num_chunks=2, device="cpu", dtype="float32"
+    )
+    result = bench.run_benchmark(options)
+    (run,) = result["runs"]
+    assert run["num_frames"] == 8 and run["chunk_flops"]["encode"] > 0 and "paper_fps" not in run
+    assert "shrunken by 12: not the full size" in bench_report.to_markdown(result)
+    with pytest.raises(ValueError, match="trained weights have one size"):
+        bench.load_pipeline(replace(options, random_weights=False))
 
 
 def test_bad_number_of_chunks() -> None:

@@ -68,6 +68,13 @@ def test_checksums(assets: Path) -> None:
         doctor.check_weights(folder)
 
 
+def test_speed_of_full_size_presets_is_marked_as_predicted() -> None:
+    said = doctor.judge_preset(PRESETS["wan-1.3b"], {"gpus": [{"name": "NVIDIA H100 80GB HBM3", "memory_gb": 85.0}]})
+    assert "predicted, not measured: 21 fps at 1 step and 18 fps at 2 steps, live at 480p" in said
+    said = doctor.judge_preset(PRESETS["wan-14b"], {"gpus": [{"name": "NVIDIA A100", "memory_gb": 85.0}]})
+    assert "no prediction for NVIDIA A100: streamdiff bench --preset wan-14b --random-weights measures it" in said
+
+
 @pytest.mark.parametrize(("memory_gb", "runs"), [(80.0, True), (16.0, True), (12.0, False)])
 def test_full_size_presets_are_judged_by_the_gpus_memory(memory_gb: float, runs: bool) -> None:
     facts = {"gpus": [{"name": "card", "memory_gb": memory_gb}]}

@@ -1,0 +1,142 @@
+"""What full-size presets should reach on N GPUs, before anybody measured: roofline times, split by the block scheduler.
+
+A chunk passes N stages; one leaves whenever the slowest stage is done. Encode weighs on the first rank, decode on the
+last, layers go where the exact split puts them (SPEC §6.4). Left out: messages between ranks (4.8 MB per row and
+chunk) and jitter. Everything here is a prediction and says so; the paper's figures (SPEC §9.2) stand beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamdiff_core.config import PRESETS
+from streamdiff_core.parallel.block_scheduler import RankTimes, optimal_split, stage_ms
+from streamdiff_core.roofline import MACHINES, WORKLOADS, Machine, chunk_ms, seed_model
+
+CHUNK_FRAMES = 4
+SIZES = {(832, 480): "480p", (512, 512): "512"}
+"""(width, height) -> name in ``WORKLOADS``."""
+
+PAPER_FPS: dict[tuple[str, str, str], tuple[tuple[float, ...], ...]] = {
+    ("H100", "wan-1.3b", "480p"): (
+        (20.47, 17.97, 15.68, 13.95), (39.77, 34.67, 30.69, 27.06),
+        (43.88, 43.79, 41.13, 38.09), (44.38, 43.41, 43.08, 42.26),
+    ),
+    ("H100", "wan-1.3b", "512"): (
+        (26.21, 24.02, 21.51, 19.43), (51.76, 46.92, 41.09, 37.49),
+        (63.45, 62.76, 56.75, 54.09), (64.52, 63.99, 62.43, 61.57),
+    ),
+    ("H100", "wan-14b", "480p"): (
+        (12.68, 8.64, 6.49, 5.28), (25.39, 17.31, 13.23, 10.69),
+        (37.55, 25.02, 19.12, 15.42), (39.24, 33.36, 25.02, 20.05),
+    ),
+    ("H100", "wan-14b", "512"): (
+        (18.71, 13.01, 10.09, 8.26), (37.12, 25.72, 20.11, 16.65),
+        (53.84, 37.47, 29.34, 24.35), (58.28, 51.09, 38.41, 31.62),
+    ),
+    ("RTX 4090", "wan-1.3b", "480p"): (
+        (8.58, 7.37, 6.27, 5.59), (16.59, 14.75, 13.06, 7.76),
+        (16.66, 16.49, 16.17, 15.74), (16.64, 16.42, 15.97, 15.73),
+    ),
+    ("RTX 4090", "wan-1.3b", "512"): (
+        (12.87, 11.76, 10.42, 7.87), (24.68, 22.13, 19.33, 17.98),
+        (25.64, 25.03, 24.58, 24.22), (25.04, 24.77, 24.30, 23.97),
+    ),
+}  # fmt: skip
+"""(machine, preset, size) -> frames per second by number of GPUs (1-4), then by steps (1-4)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """A prediction for one preset, size, machine, number of GPUs and of steps."""
+
+    fps: float
+    """Frames per second of one stream."""
+    stage_ms: tuple[float, ...]
+    """Per rank, for one chunk of 4 frames."""
+    split: tuple[int, ...]
+    """Layers per rank."""
+    paper_fps: float | None
+    """What the paper measured there."""
+
+
+def forecast(preset: str, size: str, machine: str, *, steps: int, num_gpus: int = 1) -> Forecast:
+    """Predict the speed of one stream.
+
+    Args:
+        preset: ``wan-1.3b`` or ``wan-14b``; other 1.3B presets are the same work.
+        size: ``480p`` or ``512``.
+        machine: a name in ``roofline.MACHINES``.
+        steps: denoising steps; one batched forward where the machine has room for as many rows.
+        num_gpus: pipeline stages.
+
+    Raises:
+        ValueError: a preset, size or machine without counts, or no GPU or step at all.
+    """
+    name = f"{preset} {size}"
+    if name not in WORKLOADS or machine not in MACHINES or preset not in PRESETS:
+        known = f"{', '.join(WORKLOADS)}; {', '.join(MACHINES)}"
+        raise ValueError(f"no counts for {name!r} on {machine!r}; there are {known}")
+    if steps < 1 or num_gpus < 1:
+        raise ValueError(f"steps and num_gpus must be at least 1, got {steps} and {num_gpus}")
+    model, is_batched = seed_model(WORKLOADS[name], MACHINES[machine]), steps <= MACHINES[machine].max_rows
+    encode, decode = model.ms("encode", 1, 1), model.ms("decode", 1, 1)
+    layers = PRESETS[preset].model.num_layers
+    layer_ms = (chunk_ms(model, steps, batched=is_batched) - encode - decode) / layers
+    fixed = [encode * (rank == 0) + decode * (rank == num_gpus - 1) for rank in range(num_gpus)]
+    times = [RankTimes(layer_ms=layer_ms, fixed_ms=ms) for ms in fixed]
+    split = optimal_split(times, layers)
+    stages = tuple(stage_ms(split, times))
+    rows = PAPER_FPS.get((machine, preset, size), ())
+    paper = rows[num_gpus - 1][steps - 1] if num_gpus <= len(rows) and steps <= 4 else None
+    return Forecast(fps=1e3 * CHUNK_FRAMES / max(stages), stage_ms=stages, split=split, paper_fps=paper)
+
+
+def machine_of(gpu_name: str) -> Machine | None:
+    """The machine a driver's name means, as in ``NVIDIA H100 80GB HBM3``; None where no constants are known.
+
+    Slower siblings (``H100 PCIe``, ``RTX 4090 Laptop``) are not the machine the constants are for.
+    """
+    if any(word in gpu_name for word in ("PCIe", "NVL", "Laptop", "4090 D")):
+        return None
+    return next((m for name, m in MACHINES.items() if m.num_replicas == 1 and name in gpu_name), None)
+
+
+def work_of(preset: str) -> str | None:
+    """The preset whose counts hold for this one; None where none do (the bundled preset)."""
+    model = PRESETS[preset].model
+    return next((name for name in ("wan-1.3b", "wan-14b") if PRESETS[name].model == model), None)
+
+
+def to_markdown(machines: tuple[str, ...] = ("H100", "RTX 4090", "B200"), max_gpus: int = 8) -> str:
+    """Tables of predictions, each followed by the paper's figure in brackets where there is one."""
+    lines = [
+        "# Full-size presets on N GPUs: predictions, not measurements", "",
+        "Frames per second of one stream at 1, 2, 3, 4 steps; in brackets what the paper measured (SPEC §9.2).", "",
+    ]  # fmt: skip
+    for machine in machines:
+        for preset in ("wan-1.3b", "wan-14b"):
+            if machine == "RTX 4090" and preset == "wan-14b":
+                continue  # 28.6 GB of weights; the card has 24
+            for size in SIZES.values():
+                lines += [f"## {preset}, {size}, {machine}", "", "| GPUs | 1 step | 2 steps | 3 steps | 4 steps |"]
+                lines += ["| ---: " * 5 + "|"]
+                for num_gpus in range(1, max_gpus + 1):
+                    cells = [forecast(preset, size, machine, steps=s, num_gpus=num_gpus) for s in (1, 2, 3, 4)]
+                    lines.append(f"| {num_gpus} | {' | '.join(map(_cell, cells))} |")
+                lines.append("")
+    return "\n".join([*lines, *NOTES, ""])
+
+
+NOTES = (
+    "- Model: FLOPs and bytes per stage (SPEC §0), the maker's dense peak and bandwidth, one efficiency per machine",
+    "  fitted to the paper's single figure for 1.3B, 480p, one step on one GPU (`roofline.py`).",
+    "- B200 has no published figure to fit: its efficiency is H100's, an assumption.",
+    "- N GPUs: layers split exactly (`block_scheduler.optimal_split`), encode on the first rank, decode on the last.",
+    "  Where more GPUs no longer help, decode on the last rank is the wall. Messages between ranks are left out.",
+    "- RTX 4090: one row per forward, no stream batch, as in the paper.",
+)
+
+
+def _cell(found: Forecast) -> str:
+    return f"{found.fps:.1f}" + (f" ({found.paper_fps:.1f})" if found.paper_fps else "")
