@@ -38,6 +38,7 @@ from demo.ui import Choices, build_ui, page_settings, page_theme  # noqa: E402
 from streamdiff_core import LiveEngine, Preset, StreamPipeline, get_preset  # noqa: E402
 from streamdiff_core.kv_policies import POLICIES  # noqa: E402
 from streamdiff_core.machine import usable_cores  # noqa: E402
+from streamdiff_core.live_events import error_event  # noqa: E402
 from streamdiff_core.mechanisms import list_mechanisms  # noqa: E402
 from streamdiff_core.schedules import SCHEDULES  # noqa: E402
 from streamdiff_core.video_io import sample_clip_path  # noqa: E402
@@ -68,11 +69,17 @@ def create_app(
         ValueError: unknown preset.
     """
     get_preset(preset)
+    wants_missing_gpu = device.startswith("cuda") and not torch.cuda.is_available()
+    to_cpu = wants_missing_gpu and preset == "tiny"  # others would take minutes for a picture
 
     def load() -> StreamPipeline:
-        return StreamPipeline.from_preset(preset, device=device, dtype=dtype, weights=weights)
+        chosen = "cpu" if to_cpu else device
+        return StreamPipeline.from_preset(preset, device=chosen, dtype=dtype, weights=weights)
 
     engine = LiveEngine(pipe or load, max_streams=max_streams, idle_s=idle_s, lifetime_s=lifetime_s)
+    if to_cpu:
+        words = "This server has no GPU, so the model runs on its CPU."
+        engine.warning = error_event("no_gpu", words, "Nothing to do.")
     pool = ThreadPoolExecutor(2, thread_name_prefix="streamdiff-jpeg")
 
     @asynccontextmanager

@@ -29,6 +29,10 @@ MIN_SIDE_PX, MAX_SIDE_PX = 64, 4096
 MAX_PROMPT_CHARS, MAX_PROMPTS = 500, 8
 JPEG_QUALITY = 88
 """Of the pictures sent back."""
+ALIVE_S = 5.0
+"""A stream without frames is told so often that the server is there; the page gives up after 15 s of silence."""
+MAX_EVENTS = 64
+"""What may wait for a page that does not read; then its own messages wait too."""
 
 Message = dict[str, Any]
 
@@ -54,10 +58,13 @@ class Connection:
         self.stream: LiveStream | None = None
         self._engine, self._pool, self._send = engine, pool, send
         self._loop = asyncio.get_running_loop()
-        self._has_news = asyncio.Event()
+        self._has_news, self._is_drained = asyncio.Event(), asyncio.Event()
 
     async def receive(self, message: str | bytes) -> None:
         """Handle one message of the page; whatever is wrong with it is answered in one sentence."""
+        while self.stream is not None and self.stream.num_events > MAX_EVENTS:
+            self._is_drained.clear()
+            await self._is_drained.wait()
         try:
             if isinstance(message, str):
                 self._receive_text(message)
@@ -77,15 +84,22 @@ class Connection:
     async def pump(self) -> None:
         """Send what the stream has to say, for ever."""
         while True:
-            await self._has_news.wait()
+            try:
+                await asyncio.wait_for(self._has_news.wait(), ALIVE_S)
+            except asyncio.TimeoutError:
+                await self._send({"type": "alive"})
             self._has_news.clear()
             while (event := self.stream.next_event() if self.stream else None) is not None:
                 if isinstance(event, LiveReply):
                     event = await self._loop.run_in_executor(self._pool, encode_reply, event)
                 elif event["type"] == "stats":
-                    event = {**event, "sessions": self._engine.num_streams}
+                    left_s = self._engine.seconds_left(self.stream)
+                    event = {**event, "sessions": self._engine.num_streams, "seconds_left": left_s}
                 await self._send(with_links(event))
+                if isinstance(event, dict) and event["type"] == "ready" and self._engine.warning:
+                    await self._send(self._engine.warning)
                 self._engine.wake()  # there is room for the next chunk
+            self._is_drained.set()
 
     def close(self) -> None:
         """Free the stream."""
@@ -105,7 +119,7 @@ class Connection:
     async def _receive_frame(self, message: bytes) -> None:
         stream = self.stream
         if stream is None:
-            raise BadMessageError("not_started", "No stream is running.", "Press Start.")
+            raise BadMessageError("not_started", "No stream is running.", "Start a new stream.")
         if stream.is_closed:  # it was told why; what was under way needs no further answer
             return
         if len(message) > MAX_FRAME_BYTES:
@@ -159,7 +173,7 @@ class Connection:
 
     def _running_stream(self) -> LiveStream:
         if self.stream is None or self.stream.is_closed:
-            raise BadMessageError("not_started", "No stream is running.", "Press Start.")
+            raise BadMessageError("not_started", "No stream is running.", "Start a new stream.")
         return self.stream
 
 
@@ -229,7 +243,8 @@ def accept_frame(stream: LiveStream, seq: int, jpeg: bytes) -> None:
     try:
         stream.put(seq, pixels, jpeg)
     except ValueError as error:
-        raise BadMessageError("bad_frame", "A frame has another size than those before it.", "Press Start.") from error
+        sentence = "A frame has another size than those before it."
+        raise BadMessageError("bad_frame", sentence, "Start a new stream.") from error
 
 
 def encode_reply(reply: LiveReply) -> bytes:

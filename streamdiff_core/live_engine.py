@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,8 @@ class LiveEngine:
     ) -> None:
         self.max_streams, self.idle_s, self.lifetime_s = max_streams, idle_s, lifetime_s
         self.pipe: StreamPipeline | None = None
+        self.warning: dict[str, Any] | None = None
+        """What every viewer is told when the stream is ready."""
         self.shelf = RecordingShelf(clock=clock)
         self._load = load if callable(load) else lambda: load
         self._clock = clock
@@ -136,6 +138,10 @@ class LiveEngine:
             self.close(stream)
         self._thread.join(timeout=10)
         self.shelf.close()
+
+    def seconds_left(self, stream: LiveStream) -> float | None:
+        """Until the stream's lifetime is over; None: it has no end."""
+        return None if self.lifetime_s is None else max(0.0, stream.opened_s + self.lifetime_s - self._clock())
 
     @property
     def num_streams(self) -> int:
@@ -219,7 +225,7 @@ class LiveEngine:
     def _advance(self, stream: LiveStream) -> None:
         self._prepare()
         if self.pipe is None:
-            action = "Run `streamdiff doctor` on the server, then press Retry."
+            action = "Run `streamdiff doctor` on the server, then try again."
             self._give_up(stream, error_event("model_missing", self._failure, action, fatal=True))
             return
         if stream.session is None:
@@ -245,7 +251,7 @@ class LiveEngine:
                 stream.emit(error_event("worker_crash", words, "Nothing to do."))
         except Exception as fatal:
             logger.error("a stream is given up", exc_info=fatal)
-            words, action = "The model keeps failing on this stream.", "Press Start for a new one."
+            words, action = "The model keeps failing on this stream.", "Start a new one."
             self._give_up(stream, error_event("worker_crash", words, action, fatal=True))
 
     def _shrink(self, stream: LiveStream) -> None:
@@ -258,12 +264,13 @@ class LiveEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if cache is None or (stream.options.steps == 1 and stream.options.cache == cache):
-            words, action = "There is not enough memory for this stream.", "Close other tabs, then press Start."
+            words, action = "There is not enough memory for this stream.", "Close other tabs, then try again."
             self._give_up(stream, error_event("out_of_memory", words, action, fatal=True))
             return
         stream.restart(self.pipe, steps=1, cache=cache)
         words = "Memory ran out; the stream goes on with 1 step and the smallest cache."
-        stream.emit(error_event("out_of_memory", words, "Raise steps and window again when other tabs are closed."))
+        event = error_event("out_of_memory", words, "Raise steps and window again when other tabs are closed.")
+        stream.emit({**event, "options": asdict(stream.options)})
 
     def _give_up(self, stream: LiveStream, event: dict[str, Any]) -> None:
         self.close(stream)
@@ -289,7 +296,7 @@ class LiveEngine:
             quiet_since_s = stream.inbox.last_arrival_s if stream.inbox is not None else stream.opened_s
             if self.lifetime_s is not None and now - stream.opened_s > self.lifetime_s:
                 words = f"This stream ended after its {self.lifetime_s / 60:.0f} minutes, so that others get a turn."
-                self._give_up(stream, error_event("timeout", words, "Press Start for a new one.", fatal=True))
+                self._give_up(stream, error_event("timeout", words, "Start a new one.", fatal=True))
             elif self.idle_s is not None and now - quiet_since_s > self.idle_s:
                 if self._idle_told.get(stream) != quiet_since_s:
                     self._idle_told[stream] = quiet_since_s

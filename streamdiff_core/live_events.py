@@ -78,6 +78,9 @@ class Outbox:
             self._num_replies -= isinstance(event, LiveReply)
             return event
 
+    def __len__(self) -> int:
+        return len(self._events)
+
     @property
     def has_room(self) -> bool:
         """Whether the connection keeps up with what it is sent."""

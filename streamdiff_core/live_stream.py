@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 MAX_WISHES = 64
 """Changes that may wait for the next chunk."""
+MAX_RECORDINGS = 4
+"""Recordings of one stream that are kept; an older one is deleted when the next begins."""
 MAX_SIDE_PX = 1024
 """Longest side that a viewer may ask for."""
 STATS_EVERY_S = 0.5
@@ -74,7 +76,7 @@ class LiveStream:
         self._outbox = Outbox(notify)
         self._wishes: deque[tuple[Callable[..., None], tuple[Any, ...], float]] = deque()
         self._in_flight: deque[_InFlight] = deque()
-        self._news_at: dict[int, list[tuple[dict[str, Any], float]]] = {}
+        self._news_at: dict[int, deque[tuple[dict[str, Any], float]]] = {}
         self._prompt_id = 0
         self._frame_shape: tuple[int, ...] | None = None
         self._is_fresh, self._is_finishing = True, False
@@ -130,6 +132,11 @@ class LiveStream:
     def next_event(self) -> Event | None:
         """The oldest thing to send, None if there is none."""
         return self._outbox.take()
+
+    @property
+    def num_events(self) -> int:
+        """Events that wait to be sent."""
+        return len(self._outbox)
 
     @property
     def ack(self) -> int:
@@ -373,6 +380,8 @@ class LiveStream:
             rate = max(1, round(rate))
             folder = self._shelf.new_folder()
             self.recordings.append(folder.name)
+            while len(self.recordings) > MAX_RECORDINGS:
+                self._shelf.release(self.recordings.pop(0), after_s=0.0)
             self._recorder = Recorder(folder, pipe, self.prompt, self.options, fps=rate, with_input=side_by_side)
 
     def _end_recording(self) -> None:
@@ -399,4 +408,4 @@ class LiveStream:
 
     def _announce(self, news: dict[str, Any], asked_s: float) -> None:
         """Say so when the first chunk with the change comes out."""
-        self._news_at.setdefault(self.num_chunks, []).append((news, asked_s))
+        self._news_at.setdefault(self.num_chunks, deque(maxlen=MAX_WISHES)).append((news, asked_s))

@@ -7,6 +7,10 @@ export const PLAYING = {
   file: "Playing your file from this computer, over and over.",
   screen: "Showing your screen. Frames are processed in memory and not kept.",
 };
+export const RECORDING = {
+  start: "Recording starts with a fresh stream, so that its recipe gives the same video again.",
+  stop: "Finishing the recording …",
+};
 export const NO_RECIPE = "No recipe yet: the stream is not running.";
 
 /** code -> [sentence, label of the action, name of the action (see `stream.js`)] */
@@ -43,13 +47,11 @@ const FAILURES = {
   ],
 };
 
-/** What the button of a server error does. */
-const SERVER_ACTIONS = {
+/** What the button of a server error does: where the stream goes on, and where it has ended. */
+const ACTIONS_WHILE_IT_RUNS = { bad_setting: "undo", too_large: "choose_file", bad_frame: "sample", timeout: "play" };
+const ACTIONS_AT_THE_END = {
   bad_setting: "undo",
-  too_large: "choose_file",
-  bad_frame: "sample",
   out_of_memory: "lighter",
-  not_started: "reconnect",
   model_missing: "reconnect",
   worker_crash: "reconnect",
   server_full: "reconnect",
@@ -63,6 +65,7 @@ const ACTION_LABELS = {
   lighter: "Use lighter settings",
   reconnect: "Try again",
   reload: "Reload the page",
+  play: "Go on",
   dismiss: "OK",
 };
 
@@ -87,8 +90,10 @@ export class Messages {
   }
 
   /** A failure reported by the server: its sentence, and a button for what can be done about that kind of failure. */
-  failServer({ code, sentence, action: advice = "" }) {
-    const action = /^reload/i.test(advice) ? "reload" : SERVER_ACTIONS[code] ?? "dismiss";
+  failServer({ code, sentence, action: advice = "", fatal = false }) {
+    const hasEnded = fatal || code === "not_started";
+    const usual = hasEnded ? ACTIONS_AT_THE_END[code] ?? "reconnect" : ACTIONS_WHILE_IT_RUNS[code] ?? "dismiss";
+    const action = /^reload/i.test(advice) ? "reload" : usual;
     this.#show({ code, sentence, label: ACTION_LABELS[action], action, advice });
   }
 

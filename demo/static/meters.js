@@ -27,6 +27,7 @@ export class Meters {
     this.#put("lag-p50", time(lag_p50_ms));
     this.#put("lag-p95", time(lag_p95_ms));
     this.#put("dropped", String(skipped + (stats?.dropped ?? 0)));
+    this.#put("late-label", stats?.lag_budget_ms ? `Later than ${time(stats.lag_budget_ms)}` : "Late");
     this.#put("late", stats?.deadline_miss_rate == null ? "–" : `${(100 * stats.deadline_miss_rate).toFixed(0)} %`);
   }
 
@@ -165,4 +166,10 @@ function make(tag, className, text = "") {
 function time(ms) {
   if (ms == null) return "–";
   return ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
+}
+
+/** What a viewer whose stream ends is told; nothing without an end. */
+export function timeLeft(seconds) {
+  if (seconds == null) return "";
+  return seconds < 90 ? `${Math.ceil(seconds)} s left` : `${Math.round(seconds / 60)} min left`;
 }

@@ -31,6 +31,16 @@ export async function readRecipe(file) {
   return recipe;
 }
 
+/** Show the links of a finished recording: {mp4, zip, recipe}, relative to the page. */
+export function offerDownloads(root, base, links) {
+  for (const [name, path] of Object.entries(links)) {
+    const link = root.querySelector(`#sd-download-${name}`);
+    link.hidden = !path;
+    if (path) link.href = new URL(path, base).href;
+  }
+  root.querySelector("#sd-downloads").hidden = false;
+}
+
 function stamp() {
   return new Date().toISOString().slice(0, 19).replaceAll(":", "-");
 }

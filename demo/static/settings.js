@@ -17,10 +17,11 @@ const LONGEST_NAME = 44;
 export class Settings {
   /** @param send  called with the changed options, once they have settled */
   constructor(root, send) {
-    Object.assign(this, { root, send, wanted: {}, good: {}, changes: {}, toShow: {}, changed: [] });
+    Object.assign(this, { root, send, wanted: {}, good: {}, changes: {}, toShow: {}, changed: [], last: "prompt" });
     this.page = { on_switch: "keep", max_fps: 30 }; // the server does not know these
     this.styles = [...root.querySelectorAll(".sd-style")];
     this.prompt = this.styles.find((style) => style.getAttribute("aria-pressed") === "true").dataset.prompt;
+    this.goodPrompt = this.prompt;
   }
 
   set(changes) {
@@ -36,6 +37,7 @@ export class Settings {
   /** Remember the prompt and show it: in the text box, and on its thumbnail if it is one of the styles. */
   showPrompt(prompt) {
     this.prompt = prompt;
+    this.last = "prompt";
     for (const style of this.styles) style.setAttribute("aria-pressed", String(style.dataset.prompt === prompt));
     if (typeof prompt === "string") this.show({ prompt });
   }
@@ -54,14 +56,25 @@ export class Settings {
   }
 
   /** The server's settings, of a fresh stream or after a change. */
-  accepted(options) {
+  accepted(options, prompt = this.goodPrompt) {
     this.good = flat(options);
+    this.goodPrompt = prompt;
+    for (const name of Object.keys(this.wanted)) this.wanted[name] = this.good[name] ?? this.wanted[name];
     this.show(this.good);
   }
 
-  /** What was asked for last is in use. */
-  applied() {
-    Object.assign(this.good, this.wanted);
+  /** What was chosen while a stream was starting, which it does not know of. */
+  late({ options, prompt }) {
+    const known = flat(options);
+    const changed = Object.entries(this.wanted).filter(([name, value]) => value !== known[name]);
+    const isSame = JSON.stringify(prompt) === JSON.stringify(this.prompt);
+    return { options: Object.fromEntries(changed), prompt: isSame ? null : this.prompt };
+  }
+
+  /** What was asked for last is in use; `what` is "prompt" or "options". */
+  applied(what) {
+    if (what === "prompt") this.goodPrompt = this.prompt;
+    else Object.assign(this.good, this.wanted);
   }
 
   /** Those of the options that the stream does not have already. */
@@ -71,11 +84,15 @@ export class Settings {
 
   /** The server refused: forget what was asked for last, so that a reconnection does not ask again. */
   refused() {
-    for (const name of this.changed) delete this.wanted[name];
+    if (this.last === "prompt") this.prompt = this.goodPrompt;
+    else for (const name of this.changed) delete this.wanted[name];
   }
 
+  /** Show and ask for what the server accepted. */
   undo() {
+    for (const name of Object.keys(this.wanted)) if (name in this.good) this.wanted[name] = this.good[name];
     this.show(this.good);
+    this.showPrompt(this.goodPrompt);
   }
 
   /** Write values into Gradio's controls: they are handed over when the hidden button asks for them. */
@@ -95,6 +112,7 @@ export class Settings {
     const names = Object.keys(this.changes);
     if (!names.length) return;
     this.changed = names;
+    this.last = "options";
     this.send(this.changes);
     this.changes = {};
   }

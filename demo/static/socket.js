@@ -67,7 +67,11 @@ export class Socket {
     } else if (message.type === "ack") {
       this.#ack(message.seq);
     } else {
-      if (message.type === "error" && message.fatal) this.closed = true;
+      if (message.type === "error" && message.fatal) {
+        this.closed = true;
+        this.ready = null; // the stream has ended: nothing more goes there
+        this.inFlight = [];
+      }
       this.on.message(message);
     }
   }

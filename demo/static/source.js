@@ -21,6 +21,7 @@ export class SourceError extends Error {
 export class Source {
   constructor(video, sampleUrl, onFrame, onEnded) {
     Object.assign(this, { video, sampleUrl, onFrame, onEnded, kind: "sample", maxFps: 30, mirrorCamera: true, due: 0 });
+    this.turn = 0; // one more with each source that begins
     this.paused = false;
     this.#next();
   }
@@ -38,10 +39,8 @@ export class Source {
     if (!navigator.mediaDevices?.getUserMedia) throw new SourceError("insecure");
     const size = { width: { ideal: 640 }, height: { ideal: 480 }, frameRate: { ideal: 30 } };
     const video = deviceId ? { ...size, deviceId: { exact: deviceId } } : size;
-    const stream = await navigator.mediaDevices.getUserMedia({ video, audio: false }).catch((error) => {
-      throw new SourceError(CAMERA_FAILURES[error.name] ?? "camera_busy");
-    });
-    await this.#live("camera", stream, "camera_gone");
+    const asking = navigator.mediaDevices.getUserMedia({ video, audio: false });
+    await this.#live("camera", asking, "camera_gone", (error) => CAMERA_FAILURES[error.name] ?? "camera_busy");
   }
 
   /** [{id, name}] of cameras; names are known only after the first permission. */
@@ -57,10 +56,8 @@ export class Source {
 
   async screen() {
     if (!navigator.mediaDevices?.getDisplayMedia) throw new SourceError("no_screen");
-    const stream = await navigator.mediaDevices.getDisplayMedia({ video: { frameRate: 30 } }).catch(() => {
-      throw new SourceError("screen_denied");
-    });
-    await this.#live("screen", stream, "screen_ended");
+    const asking = navigator.mediaDevices.getDisplayMedia({ video: { frameRate: 30 } });
+    await this.#live("screen", asking, "screen_ended", () => "screen_denied");
   }
 
   /** Play a file here in the browser; only its scaled frames are sent. */
@@ -79,7 +76,12 @@ export class Source {
     else this.video.play().catch(() => {});
   }
 
-  async #live(kind, stream, endedCode) {
+  /** A stream that the viewer is being asked for; if another source is chosen meanwhile, that one stays. */
+  async #live(kind, asking, endedCode, failureCode) {
+    const playing = this.turn;
+    const [stream, error] = await asking.then((stream) => [stream], (error) => [null, error]);
+    if (this.turn !== playing) return stream?.getTracks().forEach((track) => track.stop());
+    if (error) throw new SourceError(failureCode(error));
     this.#release(kind);
     stream.getVideoTracks()[0].onended = () => this.onEnded(endedCode);
     await this.#play({ srcObject: stream, loop: false }, "camera_busy");
@@ -96,6 +98,7 @@ export class Source {
   }
 
   #release(kind) {
+    this.turn += 1;
     this.video.srcObject?.getTracks().forEach((track) => ((track.onended = null), track.stop()));
     this.video.srcObject = null;
     this.video.removeAttribute("src");

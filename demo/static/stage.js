@@ -75,15 +75,14 @@ export class Stage {
     else this.#fill();
   }
 
-  /** Canvas of what the viewer sees: the result, or input and result beside each other. */
+  /** Copy of what the viewer sees: the result, or input and result beside each other. */
   picture() {
-    if (this.stage.dataset.view === "output") return this.output;
-    const both = document.createElement("canvas");
-    Object.assign(both, { width: 2 * this.output.width, height: this.output.height });
-    const context = both.getContext("2d");
-    context.drawImage(this.input, 0, 0);
-    context.drawImage(this.output, this.output.width, 0);
-    return both;
+    const shown = this.stage.dataset.view === "output" ? [this.output] : [this.input, this.output];
+    const copy = document.createElement("canvas");
+    Object.assign(copy, { width: shown.length * this.output.width, height: this.output.height });
+    const context = copy.getContext("2d");
+    shown.forEach((canvas, i) => context.drawImage(canvas, i * this.output.width, 0));
+    return copy;
   }
 
   /** Where fullscreen does not exist (telephones): cover the page instead. */
@@ -106,6 +105,7 @@ export class Stage {
     const { actions } = this;
     for (const name of ["pause", "record", "snapshot", "recipe"]) find(name).onclick = () => actions[name]();
     find("fullscreen").onclick = () => this.fullscreen();
+    find("unfill").onclick = () => this.#fill();
     find("pip-toggle").onclick = () => {
       this.pip.hidden = !this.pip.hidden;
       this.toggle("pip-toggle", !this.pip.hidden);

@@ -3,10 +3,10 @@
    file, so the page works below any path and on https. */
 
 import { Frames } from "./frames.js";
-import { Messages, NO_RECIPE, PLAYING } from "./messages.js";
-import { Meters } from "./meters.js";
+import { Messages, NO_RECIPE, PLAYING, RECORDING } from "./messages.js";
+import { Meters, timeLeft } from "./meters.js";
 import { Player } from "./player.js";
-import { downloadRecipe, downloadSnapshot, readRecipe } from "./recipe.js";
+import { downloadRecipe, downloadSnapshot, offerDownloads, readRecipe } from "./recipe.js";
 import { Settings, readSettings } from "./settings.js";
 import { Socket } from "./socket.js";
 import { Source, SourceError } from "./source.js";
@@ -69,8 +69,7 @@ class StreamDiff {
 
   /** Forget the past and measure drift from now. */
   anchor() {
-    this.socket.send({ type: "anchor" });
-    this.messages.say("Re-anchored: drift is measured from now.");
+    if (this.socket.send({ type: "anchor" })) this.messages.say("Re-anchored: drift is measured from now.");
   }
 
   /** Play from "sample", "camera" (argument: device id), "file" (argument: File) or "screen". */
@@ -80,7 +79,7 @@ class StreamDiff {
       await this.source[kind](argument);
       this.#shown();
       if (kind === "camera") await this.#listCameras();
-      if (this.socket.ready) this.messages.say(PLAYING[kind]);
+      if (this.socket.ready && this.source.kind === kind) this.messages.say(PLAYING[kind]);
     } catch (error) {
       if (!(error instanceof SourceError)) throw error;
       await this.#fallBack(error.code);
@@ -88,6 +87,7 @@ class StreamDiff {
   }
 
   pause(paused = !this.source.paused) {
+    if (!paused) this.messages.clear("timeout");
     this.source.pause(paused);
     this.stage.toggle("pause", paused, paused ? "Play" : "Pause");
     this.messages.say(paused ? "Paused." : "Playing.");
@@ -98,8 +98,7 @@ class StreamDiff {
     const side_by_side = this.root.querySelector("#sd-record-both").checked;
     if (!this.socket.send({ type: "record", action, side_by_side })) return;
     this.#showRecording(action === "start" ? { seconds: 0 } : null);
-    const starts = "Recording starts with a fresh stream, so that its recipe gives the same video again.";
-    this.messages.say(action === "start" ? starts : "Finishing the recording …");
+    this.messages.say(RECORDING[action]);
   }
 
   /** The stream's recipe, as the server knows it. */
@@ -114,9 +113,7 @@ class StreamDiff {
   /** Settings and prompt from a recipe. */
   load(recipe) {
     const { prompt, options } = readSettings(recipe);
-    this.set(this.settings.differing(options));
-    this.settings.show(options);
-    if (prompt) this.prompt(prompt, "reset");
+    this.#ask({ prompt, options: this.settings.differing(options) }, "reset");
     this.messages.say("Recipe loaded.");
   }
 
@@ -147,7 +144,9 @@ class StreamDiff {
     this.#showRecording(null);
     this.#chip("link", "live", "live");
     this.#chip("model", `${ready.preset} on ${ready.device}`);
-    this.settings.accepted(ready.options);
+    const late = this.settings.late(ready);
+    this.settings.accepted(ready.options, ready.prompt);
+    this.#ask(late);
     this.stage.tag.textContent = this.settings.promptName;
     this.messages.say(this.socket.reconnects ? "Connected again, with the same settings." : PLAYING[this.source.kind]);
   }
@@ -167,6 +166,7 @@ class StreamDiff {
     this.stats = stats;
     this.meters.showStats(stats);
     this.#chip("sessions", stats.sessions > 1 ? `${stats.sessions} viewers` : "");
+    this.#chip("time", timeLeft(stats.seconds_left));
     this.#showRecording(stats.recording);
     if (stats.waiting) this.messages.waiting(stats.waiting);
     else this.messages.clear("waiting");
@@ -180,26 +180,23 @@ class StreamDiff {
     const how = isPrompt && note !== "anchor" && note ? ` (${note})` : "";
     this.messages.say(`${name} applied at chunk ${chunk} after ${(after_ms / 1000).toFixed(1)} s${how}.`);
     if (isPrompt) this.stage.tag.textContent = this.settings.promptName;
-    else this.settings.applied();
+    this.settings.applied(what);
   }
 
   #error(error) {
+    if (error.code === "timeout" && !error.fatal && this.source.paused) return; // the viewer knows
     this.messages.failServer(error);
     if (error.fatal) {
       this.#chip("link", "stopped", "lost");
+      this.#chip("time", "");
       this.stage.waitFor("");
     }
+    if (error.options) this.settings.accepted(error.options); // the server chose others to go on with
     if (error.code === "bad_setting") this.settings.refused();
   }
 
   #recorded({ url, mp4, recipe, seconds, frames }) {
-    const links = { mp4, zip: url, recipe };
-    for (const [name, path] of Object.entries(links)) {
-      const link = this.root.querySelector(`#sd-download-${name}`);
-      link.hidden = !path;
-      if (path) link.href = new URL(path, ROOT).href;
-    }
-    this.root.querySelector("#sd-downloads").hidden = false;
+    offerDownloads(this.root, ROOT, { mp4, zip: url, recipe });
     this.messages.say(`Recorded ${seconds.toFixed(1)} s, ${frames} frames.`);
     this.#showRecording(null);
   }
@@ -221,34 +218,41 @@ class StreamDiff {
       open: (file) => this.#open(file),
       mirror: (mirrored) => (this.source.mirrorCamera = mirrored),
       pause: () => this.pause(),
+      play: () => this.pause(false),
       record: () => this.record(),
       snapshot: () => this.#snapshot(),
       recipe: () => this.recipe().then(downloadRecipe, () => this.messages.say(NO_RECIPE)),
       reconnect: () => this.socket.connect(),
-      lighter: () => this.#lighter(),
-      undo: () => this.settings.undo(),
+      lighter: () => this.#goOn(() => this.#ask({ options: LIGHTER })),
+      undo: () => this.#goOn(() => this.settings.undo()),
       reload: () => location.reload(),
     };
   }
 
   async #open(file) {
     if (!/\.(json|png)$/i.test(file.name)) return this.use("file", file);
-    await readRecipe(file).then(
-      (recipe) => this.load(recipe),
-      () => this.messages.fail("bad_recipe"),
-    );
+    this.messages.clear("bad_recipe");
+    const loaded = readRecipe(file).then((recipe) => this.load(recipe));
+    await loaded.catch(() => this.messages.fail("bad_recipe"));
   }
 
   async #snapshot() {
-    const picture = this.stage.picture();
+    const picture = this.stage.picture(); // of now: the recipe may take a moment
     const recipe = await this.recipe().catch(() => null);
     await downloadSnapshot(picture, recipe);
-    this.messages.say("Snapshot saved, its recipe inside.");
+    this.messages.say(`Snapshot saved, ${recipe ? "its recipe inside" : "without a recipe: the stream is not running"}.`);
   }
 
-  #lighter() {
-    this.set(LIGHTER);
-    this.settings.show(LIGHTER);
+  /** Settings that no control was moved for: the controls follow. */
+  #ask({ options, prompt }, on_switch) {
+    this.set(options);
+    this.settings.show(options);
+    if (prompt) this.prompt(prompt, on_switch);
+  }
+
+  /** With other settings: in this stream, or in a new one if it has ended. */
+  #goOn(change) {
+    change();
     if (!this.socket.ready) this.socket.connect();
   }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import socket
 import struct
 import threading
 import time
@@ -19,8 +20,10 @@ from random_pipeline import RANDOM_PRESET, SIDE, moving_frames
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from demo import session as live
 from demo.app import create_app, listen, make_server
 from streamdiff_core.config import PRESETS
+from streamdiff_core.live_stream import MAX_WISHES
 
 
 def jpeg(pixels):
@@ -62,10 +65,12 @@ class Page:
         return header
 
     def wait_for(self, type_):
-        while True:
+        end_s = time.monotonic() + 20
+        while time.monotonic() < end_s:
             message = self.read()
             if message.get("type") == type_:
                 return message
+        raise TimeoutError(f"no {type_}")
 
     def wait_for_frames(self, count):
         while len(self.pictures) < count:
@@ -95,9 +100,10 @@ class Server:
         return httpx.get(f"http://{self.address}{path}", trust_env=False)
 
     @contextlib.contextmanager
-    def connected(self, origin=None):
-        with connect(f"ws://{self.address}/stream", origin=origin, max_size=None, proxy=None) as socket:
-            yield Page(socket)
+    def connected(self, origin=None, headers=None):
+        url = f"ws://{self.address}/stream"
+        with connect(url, origin=origin, additional_headers=headers, max_size=None, proxy=None) as connection:
+            yield Page(connection)
 
     @contextlib.contextmanager
     def opened(self, prompt="ink", **options):
@@ -297,3 +303,37 @@ def test_a_missing_model_is_said_on_a_page_that_works_and_tried_again():
             assert "transformer.safetensors" in error["sentence"]
             page.say("start", prompt="ink")
             page.wait_for("ready")
+
+
+def test_a_quiet_stream_is_told_that_the_server_is_there(server, monkeypatch):
+    """A paused page, or one in the background, must not think the server gone."""
+    monkeypatch.setattr(live, "ALIVE_S", 0.05)
+    with server.opened() as page:
+        assert [page.wait_for("alive")["type"] for _ in range(3)] == ["alive"] * 3
+
+
+def test_a_page_that_does_not_read_makes_nothing_pile_up(server):
+    """Its own messages wait once enough answers to it wait."""
+    with server.opened() as page:
+        (stream,) = server.engine._streams
+        flood = threading.Thread(target=lambda: [page.say("recipe") for _ in range(20_000)], daemon=True)
+        most, end_s = 0, time.monotonic() + 3
+        flood.start()
+        while time.monotonic() < end_s:
+            most = max(most, stream.num_events)
+            time.sleep(0.005)
+        assert 0 < most <= live.MAX_EVENTS + MAX_WISHES + 2
+        page.socket.socket.shutdown(socket.SHUT_RDWR)  # without a goodbye
+    until(lambda: server.engine.num_streams == 0, seconds=10)
+
+
+def test_a_viewer_is_told_how_long_the_stream_may_last():
+    with Server(lifetime_s=90.0) as server, server.opened(steps=1) as page:
+        page.show(5)
+        assert 60 < page.wait_for("stats")["seconds_left"] < 90
+
+
+def test_behind_a_proxy_the_page_s_own_address_counts(server):
+    with server.connected("https://someone.example", {"X-Forwarded-Host": "someone.example"}) as page:
+        page.say("start", prompt="ink")
+        page.wait_for("ready")
