@@ -141,7 +141,7 @@ def serve(
         OSError: the port is taken, or the address is not one of this computer.
     """
     if "SPACES_ZERO_GPU" in os.environ:
-        serve_zero_gpu(app_options.get("preset", "tiny"))
+        serve_zero_gpu(app_options.get("preset", "tiny"), port or 7860)
         return
     on_space = "SPACE_ID" in os.environ
     if on_space:
@@ -157,12 +157,13 @@ def serve(
     make_server(app).run(sockets=[listener])
 
 
-def serve_zero_gpu(preset: str) -> None:
+def serve_zero_gpu(preset: str, port: int) -> None:
     """The page whose model runs in Gradio events; launched by Gradio, as the platform expects."""
-    from demo.zerogpu import build_ui
+    from demo import zerogpu
 
-    pipe = StreamPipeline.from_preset(preset, device="cuda")
-    build_ui(pipe, spaces).launch(server_name="0.0.0.0", server_port=7860, ssr_mode=False)
+    pipe = StreamPipeline.from_preset(preset, device="cuda" if torch.cuda.is_available() else "cpu")
+    page = zerogpu.build_ui(pipe, spaces)
+    page.launch(server_name="0.0.0.0", server_port=port, **zerogpu.page_settings())
 
 
 def make_server(app: FastAPI) -> uvicorn.Server:

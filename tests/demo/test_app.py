@@ -64,10 +64,10 @@ def test_zero_gpu_gets_the_page_without_a_socket(monkeypatch):
     monkeypatch.setattr(app.StreamPipeline, "from_preset", load)
     monkeypatch.setattr(app.gr.Blocks, "launch", lambda self, **options: seen.update(options))
     monkeypatch.setattr(app, "create_app", lambda **_: pytest.fail("no GPU work from a socket there"))
+    monkeypatch.setattr(app.torch.cuda, "is_available", lambda: True)  # so says the platform's package
     app.serve(preset="tiny")
-    assert seen == {
-        "preset": "tiny", "device": "cuda", "server_name": "0.0.0.0", "server_port": 7860, "ssr_mode": False,
-    }  # fmt: skip
+    expected = {"preset": "tiny", "device": "cuda", "server_name": "0.0.0.0", "server_port": 7860, "ssr_mode": False}
+    assert expected.items() <= seen.items()
 
 
 @pytest.mark.slow

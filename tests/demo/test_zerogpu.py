@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import multiprocessing
+import re
 import threading
 import time
 from types import SimpleNamespace
 
+import cv2
 import gradio as gr
 import numpy as np
 import pytest
@@ -36,6 +39,12 @@ class Spaces:
             return lent
 
         return decorate
+
+
+def pixels(html):
+    """uint8 [H, W, 3] of the picture in a piece of HTML."""
+    jpeg = base64.b64decode(re.search(r"base64,([^\"]+)", html)[1])
+    return cv2.imdecode(np.frombuffer(jpeg, np.uint8), 1)[..., ::-1]
 
 
 def functions(page):
@@ -71,12 +80,14 @@ def test_pictures_follow_the_newest_frame_and_the_newest_prompt(request_of):
     stop.set()
     thread.join()
     assert "Waiting for a GPU" in steps[0][1] and "Press Start to continue" in steps[-1][1]
-    pictures = [p for p, _ in steps[1:-1]]
+    pictures = [pixels(html) for html, _ in steps[1:-1]]
     assert len(pictures) > 30 and all(p.shape == (SIDE, SIDE, 3) for p in pictures)
-    levels = [int(p[0, 0, 0]) for p in pictures]
-    assert levels[0] == prompt_level("a") and levels[-1] == prompt_level("zz")
+    levels = [p[2:6, 2:6].mean() for p in pictures]
+    assert abs(levels[0] - prompt_level("a")) <= 2 and abs(levels[-1] - prompt_level("zz")) <= 2
     nearest = np.abs(FRAMES[:, 8:].astype(int) - pictures[-1][8:].astype(int)).mean((1, 2, 3))
-    assert nearest.min() == 0, "a frame of the camera, untouched"
+    assert nearest.min() < 6, "a frame of the camera, but for JPEG"
+    left = [int(text.split()[0]) for _, text in steps[1:-1] if isinstance(text, str)]
+    assert left == [2, 1], "seconds of GPU time, each said once"
 
 
 def test_each_page_has_a_slot_of_its_own_and_leaves_nothing(request_of):
@@ -88,6 +99,23 @@ def test_each_page_has_a_slot_of_its_own_and_leaves_nothing(request_of):
     assert pool.slots[0].newest()[0] == 1 and pool.slots[1].newest()[1].max() == 0
     pool.give_back("a")
     assert pool.take("c") == 0 and pool.slots[0].newest()[0] == 0 and pool.slots[0].newest()[1].max() == 0
+
+
+def test_a_slot_whose_page_left_without_a_word_is_lent_again():
+    now_s = [0.0]
+    pool = zerogpu.SlotPool(1, SIDE, clock=lambda: now_s[0])
+    pool.take("gone")
+    pool.slots[0].push(FRAMES[3])
+    now_s[0] = zerogpu.UNUSED_S - 1
+    with pytest.raises(gr.Error, match="full"):
+        pool.take("next")
+    now_s[0] = zerogpu.UNUSED_S
+    assert pool.take("next") == 0 and pool.slots[0].newest()[1].max() == 0
+
+
+def test_without_a_camera_the_sample_clip_is_restyled():
+    pictures = list(zerogpu.stream_slot(IdentityPipeline(), zerogpu.Slot(SIDE), "a", 0.4, 1.0))
+    assert len(pictures) >= 8 and np.ptp(np.stack(pictures)[:, 8:], axis=0).max() > 20, "it moves"
 
 
 def test_a_forked_worker_sees_what_comes_later():
@@ -118,6 +146,8 @@ def test_a_forked_worker_sees_what_comes_later():
     ("error", "words"),
     [
         (RuntimeError("You have exceeded your GPU quota"), "GPU time of today is used up"),
+        (RuntimeError("No GPU was available after 60s"), "No GPU is free"),
+        (RuntimeError("GPU task aborted"), "taken back"),
         (RuntimeError("CUDA out of memory"), "out of memory"),
         (ZeroDivisionError("secret"), "Press Start again"),
     ],
