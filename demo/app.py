@@ -37,8 +37,8 @@ from demo.transport import MAX_MESSAGE_BYTES, live_router  # noqa: E402
 from demo.ui import Choices, build_ui, page_settings, page_theme  # noqa: E402
 from streamdiff_core import LiveEngine, Preset, StreamPipeline, get_preset  # noqa: E402
 from streamdiff_core.kv_policies import POLICIES  # noqa: E402
-from streamdiff_core.machine import usable_cores  # noqa: E402
 from streamdiff_core.live_events import error_event  # noqa: E402
+from streamdiff_core.machine import usable_cores  # noqa: E402
 from streamdiff_core.mechanisms import list_mechanisms  # noqa: E402
 from streamdiff_core.schedules import SCHEDULES  # noqa: E402
 from streamdiff_core.video_io import sample_clip_path  # noqa: E402
