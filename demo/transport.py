@@ -85,6 +85,10 @@ async def read(socket: WebSocket, connection: Connection) -> None:
 
 
 def is_same_origin(socket: WebSocket) -> bool:
-    """Whether a page of this very server asks; programs that are no browser send no Origin."""
+    """Whether a page of this very server asks; programs that are no browser send no Origin.
+
+    Behind a proxy the address that the page knows is in ``X-Forwarded-Host``, a header no page can set.
+    """
     origin = socket.headers.get("origin")
-    return origin is None or urlsplit(origin).netloc.lower() == socket.headers.get("host", "").lower()
+    own = {socket.headers.get(name, "").lower() for name in ("host", "x-forwarded-host")} - {""}
+    return origin is None or urlsplit(origin).netloc.lower() in own
