@@ -20,10 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from streamdiff_core.bench_baseline import compare_with_eager, synchronize
 from streamdiff_core.bench_frames import FrameLoop, source_frames
-from streamdiff_core.forecast import CHUNK_FRAMES, PAPER_FPS, SIZES, forecast, machine_of, work_of
+from streamdiff_core.forecast import CHUNK_FRAMES, SIZES, forecast, machine_of, work_of
 from streamdiff_core.machine import machine_facts, peak_memory_bytes, source_commit
 from streamdiff_core.pipeline import StreamPipeline
 from streamdiff_core.random_weights import random_pipeline
+from streamdiff_core.scaling import PAPER_H100_FPS
 from streamdiff_core.session import StreamSession
 from streamdiff_core.timing import measure_gemm_peak_flops
 
@@ -214,9 +215,9 @@ def add_mfu(run: dict[str, Any], peaks: dict[str, float], dtype: str) -> None:
 def add_expectations(run: dict[str, Any], preset: str, size: tuple[int, int], hardware: str) -> None:
     """What the paper measured for this work, and what the roofline predicts for this machine where it is known."""
     work, name, steps = work_of(preset), SIZES.get(size), run["steps"]
-    rows = PAPER_FPS.get(("H100", work, name))
-    if rows and steps <= len(rows[0]):
-        run["paper_fps"] = {f"{n} H100": rows[n - 1][steps - 1] for n in (1, 4)}
+    rows = PAPER_H100_FPS.get(f"{work} {name}")
+    if rows and steps <= len(rows[1]):
+        run["paper_fps"] = {f"{n} H100": rows[n][steps - 1] for n in (1, 4)}
     machine = machine_of(hardware)
     if machine and name:
         expected = forecast(work, name, machine.name, steps=steps)

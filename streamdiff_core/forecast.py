@@ -1,8 +1,7 @@
-"""What full-size presets should reach on N GPUs, before anybody measured: roofline times, split by the block scheduler.
+"""What a preset should reach on the GPU that a driver names, or on N of a kind: ``scaling`` for users.
 
-A chunk passes N stages; one leaves whenever the slowest stage is done. Encode weighs on the first rank, decode on the
-last, layers go where the exact split puts them (SPEC §6.4). Left out: messages between ranks (4.8 MB per row and
-chunk) and jitter. Everything here is a prediction and says so; the paper's figures (SPEC §9.2) stand beside it.
+The doctor, the benchmark and the table in ``benchmarks/results`` ask here. Everything is a prediction and says so; the
+paper's figures (SPEC §9.2) stand beside it.
 """
 
 from __future__ import annotations
@@ -10,40 +9,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamdiff_core.config import PRESETS
-from streamdiff_core.parallel.block_scheduler import RankTimes, optimal_split, stage_ms
-from streamdiff_core.roofline import MACHINES, WORKLOADS, Machine, chunk_ms, seed_model
+from streamdiff_core.parallel.block_scheduler import optimal_split, stage_ms
+from streamdiff_core.roofline import MACHINES, WORKLOADS, Machine
+from streamdiff_core.scaling import PAPER_H100_FPS, num_layers_of, rank_times
 
 CHUNK_FRAMES = 4
 SIZES = {(832, 480): "480p", (512, 512): "512"}
 """(width, height) -> name in ``WORKLOADS``."""
 
-PAPER_FPS: dict[tuple[str, str, str], tuple[tuple[float, ...], ...]] = {
-    ("H100", "wan-1.3b", "480p"): (
-        (20.47, 17.97, 15.68, 13.95), (39.77, 34.67, 30.69, 27.06),
-        (43.88, 43.79, 41.13, 38.09), (44.38, 43.41, 43.08, 42.26),
-    ),
-    ("H100", "wan-1.3b", "512"): (
-        (26.21, 24.02, 21.51, 19.43), (51.76, 46.92, 41.09, 37.49),
-        (63.45, 62.76, 56.75, 54.09), (64.52, 63.99, 62.43, 61.57),
-    ),
-    ("H100", "wan-14b", "480p"): (
-        (12.68, 8.64, 6.49, 5.28), (25.39, 17.31, 13.23, 10.69),
-        (37.55, 25.02, 19.12, 15.42), (39.24, 33.36, 25.02, 20.05),
-    ),
-    ("H100", "wan-14b", "512"): (
-        (18.71, 13.01, 10.09, 8.26), (37.12, 25.72, 20.11, 16.65),
-        (53.84, 37.47, 29.34, 24.35), (58.28, 51.09, 38.41, 31.62),
-    ),
-    ("RTX 4090", "wan-1.3b", "480p"): (
-        (8.58, 7.37, 6.27, 5.59), (16.59, 14.75, 13.06, 7.76),
-        (16.66, 16.49, 16.17, 15.74), (16.64, 16.42, 15.97, 15.73),
-    ),
-    ("RTX 4090", "wan-1.3b", "512"): (
-        (12.87, 11.76, 10.42, 7.87), (24.68, 22.13, 19.33, 17.98),
-        (25.64, 25.03, 24.58, 24.22), (25.04, 24.77, 24.30, 23.97),
-    ),
+PAPER_4090_FPS: dict[str, dict[int, tuple[float, float, float, float]]] = {
+    "wan-1.3b 480p": {
+        1: (8.58, 7.37, 6.27, 5.59), 2: (16.59, 14.75, 13.06, 7.76),
+        3: (16.66, 16.49, 16.17, 15.74), 4: (16.64, 16.42, 15.97, 15.73),
+    },
+    "wan-1.3b 512": {
+        1: (12.87, 11.76, 10.42, 7.87), 2: (24.68, 22.13, 19.33, 17.98),
+        3: (25.64, 25.03, 24.58, 24.22), 4: (25.04, 24.77, 24.30, 23.97),
+    },
 }  # fmt: skip
-"""(machine, preset, size) -> frames per second by number of GPUs (1-4), then by steps (1-4)."""
+PAPER_FPS = {"H100": PAPER_H100_FPS, "RTX 4090": PAPER_4090_FPS}
+"""{machine: {workload: {GPUs: frames per second at 1, 2, 3, 4 steps}}}; 4090 without stream batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,16 +64,12 @@ def forecast(preset: str, size: str, machine: str, *, steps: int, num_gpus: int 
         raise ValueError(f"no counts for {name!r} on {machine!r}; there are {known}")
     if steps < 1 or num_gpus < 1:
         raise ValueError(f"steps and num_gpus must be at least 1, got {steps} and {num_gpus}")
-    model, is_batched = seed_model(WORKLOADS[name], MACHINES[machine]), steps <= MACHINES[machine].max_rows
-    encode, decode = model.ms("encode", 1, 1), model.ms("decode", 1, 1)
-    layers = PRESETS[preset].model.num_layers
-    layer_ms = (chunk_ms(model, steps, batched=is_batched) - encode - decode) / layers
-    fixed = [encode * (rank == 0) + decode * (rank == num_gpus - 1) for rank in range(num_gpus)]
-    times = [RankTimes(layer_ms=layer_ms, fixed_ms=ms) for ms in fixed]
+    layers = num_layers_of(name)
+    times = rank_times(WORKLOADS[name], MACHINES[machine], num_gpus, steps, layers)
     split = optimal_split(times, layers)
     stages = tuple(stage_ms(split, times))
-    rows = PAPER_FPS.get((machine, preset, size), ())
-    paper = rows[num_gpus - 1][steps - 1] if num_gpus <= len(rows) and steps <= 4 else None
+    row = PAPER_FPS.get(machine, {}).get(name, {}).get(num_gpus, ())
+    paper = row[steps - 1] if steps <= len(row) else None
     return Forecast(fps=1e3 * CHUNK_FRAMES / max(stages), stage_ms=stages, split=split, paper_fps=paper)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from streamdiff_core.config import WAN_1_3B, WAN_14B
 from streamdiff_core.parallel.block_scheduler import RankTimes, Split, even_split, optimal_split, stage_ms
-from streamdiff_core.roofline import MACHINES, WORKLOADS, Machine, Workload, seed_model
+from streamdiff_core.roofline import MACHINES, WORKLOADS, Machine, Workload, chunk_ms, seed_model
 
 PAPER_H100_FPS: dict[str, dict[int, tuple[float, float, float, float]]] = {
     "wan-1.3b 480p": {
@@ -40,13 +40,14 @@ def num_layers_of(workload: str) -> int:
 
 
 def rank_times(workload: Workload, machine: Machine, num_ranks: int, steps: int, num_layers: int) -> list[RankTimes]:
-    """What a micro-step of ``steps`` rows costs on each rank: a layer, and what stays where it is."""
+    """What a chunk costs on each rank: a layer (one forward of ``steps`` rows if they fit), and what stays put."""
     model = seed_model(workload, machine)
-    layer_ms = model.ms("denoise", steps, 1) / num_layers
+    encode_ms, decode_ms = model.ms("encode", 1, 1), model.ms("decode", 1, 1)
+    denoise_ms = chunk_ms(model, steps, batched=steps <= machine.max_rows) - encode_ms - decode_ms
     fixed_ms = [0.0] * num_ranks
-    fixed_ms[0] += model.ms("encode", 1, 1)
-    fixed_ms[-1] += model.ms("decode", 1, 1)
-    return [RankTimes(layer_ms=layer_ms, fixed_ms=ms) for ms in fixed_ms]
+    fixed_ms[0] += encode_ms
+    fixed_ms[-1] += decode_ms
+    return [RankTimes(layer_ms=denoise_ms / num_layers, fixed_ms=ms) for ms in fixed_ms]
 
 
 def pipeline_fps(workload: str, num_ranks: int, steps: int, *, machine: str = "H100", balanced: bool = True) -> float:
