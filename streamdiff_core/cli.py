@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare": compare_command,
         "bench": bench_command,
         "demo": demo_command,
+        "serve": serve_command,
         "doctor": doctor_command,
         "presets": presets_command,
     }
@@ -194,6 +195,25 @@ def demo_command(args: argparse.Namespace) -> int:
         host=args.host, port=args.port, open_browser=not args.no_browser, preset=args.preset, device=args.device,
         dtype=args.dtype, weights=args.weights, max_streams=args.max_streams, threads=args.threads, **limits,
     )  # fmt: skip
+    return 0
+
+
+def serve_command(args: argparse.Namespace) -> int:
+    """Serve streams to programs."""
+    try:
+        from streamdiff_core import serving
+    except ModuleNotFoundError as error:
+        needed = f"the service needs {error.name}, which is not installed"
+        raise ValueError(f"{needed}; run: pip install 'streamdiff[serve]'") from error
+    if args.schedule or args.size:
+        raise ValueError("clients choose --schedule and --size themselves, in the options of their start message")
+    token = Path(args.token_file).expanduser().read_text("utf-8").strip() if args.token_file else None
+    serving.check_exposure(args.host, token)
+    options = serving.ServiceOptions(
+        token=token, max_streams=args.max_streams, max_waiting=args.max_waiting, max_connections=args.max_connections,
+        idle_s=args.idle_seconds, lifetime_s=60 * args.max_minutes if args.max_minutes else None,
+    )  # fmt: skip
+    serving.serve(lambda: load(args), host=args.host, port=args.port, options=options)
     return 0
 
 

@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_bench(commands.add_parser("bench", parents=[common, model], help="measure speed, FLOPs and MFU here"))
     _add_demo(commands.add_parser("demo", parents=[common], help="open the live app in the browser"))
+    _add_serve(commands.add_parser("serve", parents=[common, model], help="serve streams to programs (WebSocket)"))
     doctor = commands.add_parser("doctor", parents=[common], help="check this installation and machine")
     doctor.set_defaults(command="doctor")
     presets = commands.add_parser("presets", parents=[common], help="list the presets")
@@ -168,6 +169,18 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-browser", action="store_true", help="only print the address")
     p.add_argument("--max-streams", type=positive(int), default=4, help="viewers at a time (default %(default)s)")
     p.add_argument("--max-minutes", type=positive(float), help="end a viewer's stream after so long (default: never)")
+
+
+def _add_serve(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(command="serve")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default this computer only)")
+    p.add_argument("--port", type=positive(int), default=8000, help="default %(default)s")
+    p.add_argument("--token-file", metavar="FILE", help="clients must show what is in it; needed for other computers")
+    p.add_argument("--max-streams", type=positive(int), default=16, help="streams at a time (default %(default)s)")
+    p.add_argument("--max-waiting", type=positive(int), default=16, help="streams in line (default %(default)s)")
+    p.add_argument("--max-connections", type=positive(int), default=64, help="open sockets (default %(default)s)")
+    p.add_argument("--idle-seconds", type=positive(float), default=60.0, help="close a silent socket (default 60)")
+    p.add_argument("--max-minutes", type=positive(float), help="end a stream after so long (default: never)")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -1,10 +1,10 @@
-"""One model, many viewers: a worker thread owns the model and gives each live stream its turn, chunk by chunk.
+"""One model, many viewers: a worker thread owns the model and runs the chunks of all live streams together.
 
-The model is used by that thread only, from loading on, so the connections never wait for it. Turns are fair: of the
-streams with work the one that waited longest is next. A failure stays with its stream: it is told in one sentence,
-its session starts anew and the others do not notice; out of memory makes the stream smaller; if the worker itself
-breaks it is started again and every stream is told. (The released demo keeps one process-wide queue for all users
-and stops at the first exception, SPEC §7.)
+The model is used by that thread only, from loading on, so the connections never wait for it. Whose chunks share the
+next forward is decided by ``live_turns``, who comes in by ``live_line``. A failure stays with its stream: it is told
+in one sentence, its session starts anew and the others do not notice; out of memory makes the stream smaller; if the
+worker itself breaks it is started again, if it is stuck every stream is told. (The released demo keeps one
+process-wide queue for all users and stops at the first exception, SPEC §7.)
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import torch
 
+from streamdiff_core.admission import AdmissionOptions
 from streamdiff_core.live_events import error_event, sentence
+from streamdiff_core.live_line import Line, ServerFullError
 from streamdiff_core.live_pauses import PauseWork
 from streamdiff_core.live_stream import LiveStream
+from streamdiff_core.live_turns import Turns, is_out_of_memory
 from streamdiff_core.pipeline import StreamPipeline
 from streamdiff_core.recorder import RecordingShelf
 from streamdiff_core.stream_options import Prompt
@@ -35,8 +37,7 @@ MAX_FAILURES = 5
 """Chunks in a row that may fail before a stream is given up."""
 
 
-class ServerFullError(RuntimeError):
-    """All places are taken."""
+__all__ = ["LiveEngine", "ServerFullError", "is_out_of_memory"]
 
 
 class LiveEngine:
@@ -48,6 +49,9 @@ class LiveEngine:
         max_streams: places.
         idle_s: a stream without frames for so long is told that it is still there; None: never.
         lifetime_s: a stream ends after so long; None: never.
+        admission: rules for newcomers, who then wait in line where the machine is busy; None: places only.
+        turns: how chunks are planned; default the planner, which lowers steps under overload.
+        stuck_s: a turn that takes so long is told to everybody.
     """
 
     def __init__(
@@ -57,9 +61,16 @@ class LiveEngine:
         max_streams: int = 4,
         idle_s: float | None = 60.0,
         lifetime_s: float | None = None,
+        admission: AdmissionOptions | None = None,
+        turns: Turns | None = None,
+        stuck_s: float = 20.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.max_streams, self.idle_s, self.lifetime_s = max_streams, idle_s, lifetime_s
+        self.max_streams, self.idle_s, self.lifetime_s, self.stuck_s = max_streams, idle_s, lifetime_s, stuck_s
+        self.turns = turns or Turns(clock=clock)
+        self.line = Line(max_streams, admission, clock=clock)
+        self.totals = dict.fromkeys(("streams", "refused", "frames_in", "frames_out", "dropped", "late", "errors"), 0)
+        """Counts of the streams that have left."""
         self.pipe: StreamPipeline | None = None
         self.warning: dict[str, Any] | None = None
         """What every viewer is told when the stream is ready."""
@@ -69,52 +80,96 @@ class LiveEngine:
         self._changed = threading.Condition()
         self._streams: list[LiveStream] = []
         self._idle_told: dict[LiveStream, float] = {}
-        self._serving: LiveStream | None = None
+        self._serving: set[LiveStream] = set()
         self._pause_work: PauseWork | None = None
         self._chunk_ms = 0.0
-        self._is_stopping = False
+        self._has_news = self._is_draining = self._is_stopping = False
+        self._turn_began_s: float | None = None
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch, name="streamdiff-watch", daemon=True).start()
         self._thread = threading.Thread(target=self._keep_running, name="streamdiff-model", daemon=True)
         self._thread.start()
 
     # --- any thread ----------------------------------------------------------------------------------------------
 
     def open(
-        self, prompt: Prompt, options: Mapping[str, Any] | None = None, notify: Callable[[], None] = lambda: None
+        self,
+        prompt: Prompt,
+        options: Mapping[str, Any] | None = None,
+        notify: Callable[[], None] = lambda: None,
+        *,
+        fps: float | None = None,
+        exact: bool = False,
     ) -> LiveStream:
-        """A new stream; its first event is ``ready`` or an ``error``.
+        """A new stream; its first event is ``ready`` or an ``error``, or its place in line.
 
         Args:
             options: fields of ``StreamOptions`` or ``CacheConfig``.
             notify: called from the worker thread when there is an event; must return at once.
+            fps: frames per second it will send; default the preset's.
+            exact: never share a forward, so that the output is what it would be alone, bit for bit.
 
         Raises:
-            ServerFullError: all places are taken.
+            ServerFullError: no place inside or in line; the text has the numbers.
         """
-        stream = LiveStream(prompt, options or {}, shelf=self.shelf, notify=notify, clock=self._clock)
+        wishes = {"fps": fps, "exact": exact, "shelf": self.shelf, "notify": notify, "clock": self._clock}
+        stream = LiveStream(prompt, options or {}, **wishes)
         with self._changed:
-            if len(self._streams) >= self.max_streams or self._is_stopping:
-                count = len(self._streams)
-                raise ServerFullError(f"all {count} places are taken" if count else "the server is stopping")
-            self._streams.append(stream)
-            self._changed.notify()
+            try:
+                if self._is_draining or self._is_stopping:
+                    raise ServerFullError("the server is stopping")
+                if self.line.enter(stream, self._streams, self.turns, self.pipe):
+                    self._streams.append(stream)
+            except ServerFullError:
+                self.totals["refused"] += 1
+                raise
+            self._wake()
         return stream
 
     def wake(self) -> None:
         """There may be work: frames, wishes or room in an outbox."""
         with self._changed:
-            self._changed.notify()
+            self._wake()
+
+    def _wake(self) -> None:
+        self._has_news = True
+        self._changed.notify()
 
     def close(self, stream: LiveStream) -> None:
         """Free a stream: now, or if it is in the model at the end of its chunk; no one else waits."""
         with self._changed:
+            if not stream.is_closed:
+                self._count(stream)
             stream.is_closed = True
             if stream in self._streams:
                 self._streams.remove(stream)
+                self.line.note_stay(self._clock() - stream.opened_s)
+            if stream in self.line.waiting:
+                self.line.waiting.remove(stream)
             self._idle_told.pop(stream, None)
             for token in stream.recordings:
                 self.shelf.release(token)
-            if stream is not self._serving:
+            if stream not in self._serving:
                 stream.free()
+            self._wake()
+
+    def drain(self, timeout_s: float = 5.0) -> None:
+        """Let nobody in any more, let out what is in flight and taken, then close every stream, telling it."""
+        with self._changed:
+            self._is_draining = True
+            streams, waiting = list(self._streams), list(self.line.waiting)
+            for stream in streams:
+                stream.end()
+            self._wake()
+        words, action = "The server is stopping.", "Try again in a minute."
+        for stream in waiting:
+            self._give_up(stream, error_event("server_full", words, action, fatal=True))
+        end_s = time.monotonic() + timeout_s
+        while time.monotonic() < end_s and not all(s.is_drained or s.is_closed for s in streams):
+            time.sleep(0.02)
+        for stream in streams:
+            if not stream.is_closed:
+                self._give_up(stream, error_event("server_full", words, action, fatal=True))
 
     def work_in_pauses(self, work: PauseWork) -> PauseWork:
         """Do this while no stream needs the model; one at a time.
@@ -126,15 +181,16 @@ class LiveEngine:
             if self._is_stopping or (self._pause_work is not None and not self._pause_work.done.is_set()):
                 raise ServerFullError("the server is stopping" if self._is_stopping else "other work is under way")
             self._pause_work = work
-            self._changed.notify()
+            self._wake()
         return work
 
     def shutdown(self) -> None:
         """Close every stream and end the worker."""
         with self._changed:
             self._is_stopping = True
-            self._changed.notify()
-        for stream in list(self._streams):
+            self._wake()
+        self._stopped.set()
+        for stream in [*self._streams, *self.line.waiting]:
             self.close(stream)
         self._thread.join(timeout=10)
         self.shelf.close()
@@ -154,6 +210,47 @@ class LiveEngine:
         with self._changed:
             return sum(stream.nbytes for stream in self._streams)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the model is loaded and new streams may come."""
+        return self.pipe is not None and not (self._is_draining or self._is_stopping or self.is_stuck)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the model does not answer."""
+        began_s = self._turn_began_s
+        return began_s is not None and self._clock() - began_s > self.stuck_s
+
+    def figures(self) -> dict[str, float]:
+        """Counts since the start, streams inside included, and gauges of now."""
+        with self._changed:
+            totals = dict(self.totals)
+            for stream in self._streams:
+                self._count(stream, totals)
+            rows = list(self.turns.rows)
+            return totals | {
+                "inside": len(self._streams), "waiting": len(self.line.waiting), "load": self.turns.load,
+                "level": self.turns.state.level, "rows": sum(rows) / len(rows) if rows else 0.0,
+            }  # fmt: skip
+
+    def _count(self, stream: LiveStream, totals: dict[str, int] | None = None) -> None:
+        totals = self.totals if totals is None else totals
+        for name, count in stream.counts().items():
+            totals[name] += count
+
+    # --- the watching thread -------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        told_s = None
+        while not self._stopped.wait(min(1.0, self.stuck_s / 4)):
+            began_s = self._turn_began_s
+            if self.is_stuck and began_s != told_s:
+                told_s = began_s
+                logger.error("a turn of %d streams takes longer than %.0f s", len(self._serving), self.stuck_s)
+                words = f"The model has not answered for {self.stuck_s:.0f} s."
+                for stream in list(self._streams):
+                    stream.emit(error_event("worker_crash", words, "Wait, or start a new stream later."))
+
     # --- the worker thread ---------------------------------------------------------------------------------------
 
     def _keep_running(self) -> None:
@@ -168,14 +265,21 @@ class LiveEngine:
         self._prepare()
         while not self._is_stopping:
             with self._changed:
-                turn = self._next_streams()
-                work = None if turn else self._pause_work
-                if not turn and work is None:
-                    self._changed.wait(TICK_S)
-            for stream in turn:
-                self._serve(stream)
-            if work is not None:
-                self._work(work)
+                self._has_news = False
+                self.line.move_up(self._streams, self.turns, self.pipe)
+                streams = list(self._streams)
+            chores = [stream for stream in streams if stream.has_chores]
+            for stream in chores:
+                self._serve([stream], lambda s=stream: self._do_chores(s))
+            tick = self.turns.plan(streams)
+            if tick.serves:
+                self._serve([serve.stream_id for serve in tick.serves], lambda t=tick: self.turns.run(t))
+            elif not chores and self._pause_work is not None:
+                self._work(self._pause_work)
+            elif not chores:
+                with self._changed:
+                    if not self._has_news:
+                        self._changed.wait(TICK_S)
             self._check_times()
         if self._pause_work is not None:
             self._pause_work.end()
@@ -188,10 +292,26 @@ class LiveEngine:
             if work.done.is_set() and self._pause_work is work:
                 self._pause_work = None
 
-    def _next_streams(self) -> list[LiveStream]:
-        """The streams whose chunks run next: of those with work the one that waited longest."""
-        ready = [s for s in self._streams if s.is_ready]
-        return [min(ready, key=lambda s: s.last_turn_s)] if ready else []
+    def _serve(self, streams: list[LiveStream], run: Callable[[], Mapping[LiveStream, Exception]]) -> None:
+        """Use the model for these streams; who leaves meanwhile is freed afterwards."""
+        with self._changed:
+            self._serving = {stream for stream in streams if not stream.is_closed}
+        self._turn_began_s = self._clock()
+        try:
+            errors = run()
+        finally:
+            self._turn_began_s = None
+        for stream, error in errors.items():
+            if not stream.is_closed:
+                self._handle(stream, error)
+        self._end_turn()
+
+    def _end_turn(self) -> None:
+        with self._changed:
+            served, self._serving = self._serving, set()
+            for stream in served:
+                if stream.is_closed:
+                    stream.free()
 
     def _prepare(self) -> None:
         """Load the model and time one chunk, which also warms it up."""
@@ -199,42 +319,33 @@ class LiveEngine:
             return
         try:
             pipe = self._load()
-            self._chunk_ms = measure_chunk_ms(pipe)
+            self._chunk_ms = self.turns.learn(pipe)
         except Exception as error:
             logger.exception("the model could not be loaded")
             self._failure = f"The model could not be loaded: {sentence(error)}."
         else:
             self.pipe = pipe
 
-    def _serve(self, stream: LiveStream) -> None:
-        with self._changed:
-            if stream.is_closed:
-                return
-            self._serving = stream
-        stream.last_turn_s = self._clock()
+    def _do_chores(self, stream: LiveStream) -> Mapping[LiveStream, Exception]:
+        if stream.is_closed:
+            return {}
         try:
-            self._advance(stream)
+            self._prepare()
+            if self.pipe is None:
+                action = "Run `streamdiff doctor` on the server, then try again."
+                self._give_up(stream, error_event("model_missing", self._failure, action, fatal=True))
+                return {}
+            if stream.session is None:
+                stream.chunk_ms = stream.solo_ms = self._chunk_ms
+            stream.do_chores(self.pipe)
         except Exception as error:
-            self._handle(stream, error)
-        finally:
-            with self._changed:
-                self._serving = None
-                if stream.is_closed:
-                    stream.free()
-
-    def _advance(self, stream: LiveStream) -> None:
-        self._prepare()
-        if self.pipe is None:
-            action = "Run `streamdiff doctor` on the server, then try again."
-            self._give_up(stream, error_event("model_missing", self._failure, action, fatal=True))
-            return
-        if stream.session is None:
-            stream.chunk_ms = self._chunk_ms
-        stream.advance(self.pipe)
+            return {stream: error}
+        return {}
 
     def _handle(self, stream: LiveStream, error: Exception) -> None:
         """Tell the stream and start it anew; give it up when that does not help."""
         stream.num_failures += 1
+        self.totals["errors"] += 1
         is_first = stream.options is None  # it never began
         try:
             if is_out_of_memory(error):
@@ -265,7 +376,10 @@ class LiveEngine:
             torch.cuda.empty_cache()
         if cache is None or (stream.options.steps == 1 and stream.options.cache == cache):
             words, action = "There is not enough memory for this stream.", "Close other tabs, then try again."
-            self._give_up(stream, error_event("out_of_memory", words, action, fatal=True))
+            newest = max([stream, *self._streams], key=lambda s: s.opened_s)
+            self._give_up(newest, error_event("out_of_memory", words, action, fatal=True))
+            if newest is not stream:
+                stream.restart(self.pipe)
             return
         stream.restart(self.pipe, steps=1, cache=cache)
         words = "Memory ran out; the stream goes on with 1 step and the smallest cache."
@@ -278,8 +392,7 @@ class LiveEngine:
 
     def _recover(self) -> None:
         """After a break of the worker: its stream's state is unknown, so every session starts anew."""
-        with self._changed:
-            self._serving = None
+        self._end_turn()
         for stream in list(self._streams):
             try:
                 if stream.session is not None:
@@ -302,22 +415,3 @@ class LiveEngine:
                     self._idle_told[stream] = quiet_since_s
                     words = f"No frame came for {self.idle_s:.0f} s; the stream is kept."
                     stream.emit(error_event("timeout", words, "Start the camera or a clip again."))
-
-
-def measure_chunk_ms(pipe: StreamPipeline) -> float:
-    """Milliseconds of one chunk at the preset's size, from a stream of grey frames."""
-    preset = pipe.preset
-    with pipe.start("warm-up") as session:
-        count = preset.vae.temporal_stride * session.options.latent_frames_per_chunk
-        frames = np.full((count, session.options.height, session.options.width, 3), 128, np.uint8)
-        session.push(frames[:1])
-        for _ in range(2 + session.options.steps):
-            start_s = time.perf_counter()
-            session.push(frames)
-        return 1e3 * (time.perf_counter() - start_s)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether host or device memory ran out."""
-    kinds = (torch.cuda.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())

@@ -82,6 +82,11 @@ class Outbox:
         return len(self._events)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether everything was taken."""
+        return not self._events
+
+    @property
     def has_room(self) -> bool:
         """Whether the connection keeps up with what it is sent."""
         return self._num_replies < MAX_REPLIES

@@ -68,6 +68,12 @@ class Inbox:
         """Time the model lately took per frame, waiting for its turn included; 0 before the first chunk."""
         return median(self._service_s) if self._service_s else 0.0
 
+    @property
+    def waiting_s(self) -> tuple[float, ...]:
+        """When each waiting frame came, oldest first."""
+        with self._lock:
+            return tuple(frame.arrived_s for frame in self._frames)
+
     def admit(self, seq: int) -> bool:
         """Whether the frame that just came is wanted; asked before it is decoded. A refused one counts as dropped."""
         with self._lock:
@@ -107,6 +113,12 @@ class Inbox:
         """The model is done with what it took, at this pace."""
         with self._lock:
             self._service_s.append(seconds_per_frame)
+
+    def discard(self, num_frames: int) -> None:
+        """Drop the oldest frames: they would come out late."""
+        with self._lock:
+            for _ in range(min(num_frames, len(self._frames))):
+                self._drop(self._frames.popleft().seq)
 
     def clear(self) -> None:
         """Drop everything that waits."""

@@ -6,6 +6,7 @@ back. Memory is bounded however long the stream runs.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,18 +25,19 @@ class LiveMeter:
     """Counts outputs of one stream."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.num_out = 0
+        self.num_out = self.num_late = 0
         self.ttff_ms: float | None = None
         self._clock = clock
         self._outputs: deque[tuple[float, tuple[float, ...]]] = deque(maxlen=4096)  # (ready s, lag ms of each frame)
         self._points: deque[tuple[int, float, float]] = deque(maxlen=HISTORY_POINTS)  # (chunk, motion, noise scale)
 
-    def output(self, arrived_s: Sequence[float]) -> None:
-        """Frames that arrived at these times leave now, as one chunk."""
+    def output(self, arrived_s: Sequence[float], lag_budget_ms: float = math.inf) -> None:
+        """Frames that arrived at these times leave now, as one chunk; with more lag than the budget they are late."""
         now = self._clock()
         if self.ttff_ms is None:
             self.ttff_ms = 1e3 * (now - arrived_s[0])
         self.num_out += len(arrived_s)
+        self.num_late += sum(1e3 * (now - at) > lag_budget_ms for at in arrived_s)
         self._outputs.append((now, tuple(1e3 * (now - at) for at in arrived_s)))
 
     def point(self, chunk: int, motion: float, noise_scale: float) -> None:

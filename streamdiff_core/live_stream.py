@@ -1,18 +1,19 @@
 """One viewer of the live app: frames and wishes come in from its connection, chunks and news go out to it.
 
 Two threads meet here. The connection's calls (``admit``, ``put``, the wishes, ``next_event``) only touch queues and
-return at once; the model's thread calls ``advance``, which grants wishes between two chunks and runs one chunk. All
-state of the stream is in its ``StreamSession``: closing it frees everything, a new one starts clean. Nothing here
-knows about sockets.
+return at once; the model's thread calls ``do_chores``, which begins and grants wishes between two chunks, and drives
+``work``, one chunk whose forwards may be shared. All state of the stream is in its ``StreamSession``: closing it
+frees everything, a new one starts clean. Nothing here knows about sockets.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,17 @@ from streamdiff_core.frames import resize_and_crop
 from streamdiff_core.live_events import Event, LiveReply, Outbox, error_event, sentence
 from streamdiff_core.live_inbox import Inbox, LiveFrame
 from streamdiff_core.live_meter import LiveMeter
+from streamdiff_core.lockstep import Work
 from streamdiff_core.recipe import Recipe
 from streamdiff_core.recorder import Recorder, RecordingShelf
+from streamdiff_core.slo import StreamView
 from streamdiff_core.stream_options import FIXED_OPTIONS, Prompt, StreamOptions
 
 if TYPE_CHECKING:
     from streamdiff_core.pipeline import StreamPipeline
     from streamdiff_core.session import StreamSession
+
+logger = logging.getLogger(__name__)
 
 MAX_WISHES = 64
 """Changes that may wait for the next chunk."""
@@ -38,6 +43,10 @@ MAX_RECORDINGS = 4
 MAX_SIDE_PX = 1024
 """Longest side that a viewer may ask for."""
 STATS_EVERY_S = 0.5
+MIN_DEADLINE_MS = 1000.0
+"""The planner plans for twice the lag budget, but no less: the budget leaves hardly room for others' chunks."""
+PAUSE_S = 2.0
+"""Without a frame for so long a stream costs the planner nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +66,18 @@ class LiveStream:
         prompt: Prompt,
         options: Mapping[str, Any],
         *,
+        fps: float | None = None,
+        exact: bool = False,
         shelf: RecordingShelf | None = None,
         notify: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.asked_fps, self.asked_steps, self._wants_exact = fps, options.get("steps"), exact
+        self.is_ending = self.has_ended = False
         self.prompt, self.is_closed, self.num_chunks = prompt, False, 0
         self.session: StreamSession | None = None
         self.options: StreamOptions | None = None
-        self.chunk_ms = 0.0
+        self.chunk_ms = self.solo_ms = 0.0
         self.num_failures = 0
         self.last_turn_s = 0.0
         self.inbox: Inbox | None = None
@@ -87,7 +100,8 @@ class LiveStream:
 
     def admit(self, seq: int) -> bool:
         """Whether to decode and ``put`` the frame that just came."""
-        return self.inbox is not None and not self.is_closed and self.inbox.admit(seq)
+        is_open = self.inbox is not None and not self.is_closed and not self.is_ending
+        return is_open and self.inbox.admit(seq)
 
     def put(self, seq: int, pixels: np.ndarray, jpeg: bytes = b"") -> bool:
         """An admitted frame, uint8 [H, W, 3]; False when an older one had to go for it.
@@ -149,13 +163,30 @@ class LiveStream:
         return self.inbox.chunk_frames + (1 if self._is_fresh else 0)
 
     @property
-    def is_ready(self) -> bool:
-        """Whether the model's thread has something to do here."""
+    def has_chores(self) -> bool:
+        """Whether something is to be done that is no full chunk."""
         if self.is_closed:
             return False
         if self.session is None or self._wishes:
             return True
-        return self._outbox.has_room and (self._is_finishing or len(self.inbox) >= self.frames_wanted)
+        return self._is_finishing and self._outbox.has_room and len(self.inbox) < self.frames_wanted
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the model's thread has something to do here."""
+        if self.is_closed or self.has_chores:
+            return not self.is_closed
+        return self._outbox.has_room and len(self.inbox) >= self.frames_wanted
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether its output must be what it would be alone, bit for bit: no shared forwards, no fewer steps."""
+        return self._wants_exact or self._recorder is not None
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether everything came out after ``end`` and was taken."""
+        return self.has_ended and self._outbox.is_empty
 
     @property
     def nbytes(self) -> int:
@@ -165,23 +196,71 @@ class LiveStream:
 
     # --- the model's side ----------------------------------------------------------------------------------------
 
-    def advance(self, pipe: StreamPipeline) -> None:
-        """Begin, or grant the wishes and run one chunk if there are frames for it."""
+    def do_chores(self, pipe: StreamPipeline) -> None:
+        """Begin, or grant the wishes and finish if that was one."""
         if self.session is None:
             self._begin(pipe)
             return
+        self._grant_wishes()
+        if self.has_chores and self._is_finishing:
+            self._run_last_chunk()
+
+    def work(self) -> Work[None]:
+        """One chunk, its forwards left to the caller."""
+        self._grant_wishes()
+        if not self.is_closed and self._outbox.has_room and len(self.inbox) >= self.frames_wanted:
+            yield from self._run_chunk()
+
+    def view(self, now_s: float) -> StreamView | None:
+        """What a planner should know; None before it began and while nothing comes."""
+        if self.session is None or self.is_closed:
+            return None
+        has_chunk = self._outbox.has_room and len(self.inbox) >= self.frames_wanted
+        if not has_chunk and now_s - self.inbox.last_arrival_s > PAUSE_S:
+            return None
+        view = self.promised_view()
+        interval_s = self.inbox.source_interval_s
+        return replace(
+            view,
+            fps=min(view.fps, 1 / interval_s) if interval_s else view.fps,
+            arrivals_s=self.inbox.waiting_s if has_chunk else (),
+            in_flight_s=tuple(next(g).arrived_s for _, g in groupby(self._in_flight, key=lambda f: f.chunk)),
+            is_fresh=self._is_fresh,
+            served_s=self.last_turn_s or self.opened_s,
+        )
+
+    def promised_view(self) -> StreamView | None:
+        """What it costs when it uses all it was promised; None before it began."""
+        if self.session is None:
+            return None
+        o = self.options
+        return StreamView(
+            stream_id=self, fps=self.asked_fps or self._fps, steps=o.steps, latent_frames=o.latent_frames_per_chunk,
+            deadline_ms=o.deadline_ms or max(MIN_DEADLINE_MS, 2 * self.lag_budget_ms),
+        )  # fmt: skip
+
+    def lower_steps(self, fewer: int) -> None:
+        """Run with so many steps less than asked for, at least one, from the next chunk on; 0: as asked."""
+        steps = self.options.steps if self.is_exact else max(1, self.options.steps - fewer)
+        if steps != self.session.options.steps:
+            try:
+                self.session.set_options(steps=steps)
+            except ValueError as error:  # a schedule that needs its steps keeps them
+                logger.debug("steps stay: %s", error)
+
+    def end(self) -> None:
+        """Take no more frames and let out what is in flight; ``is_drained`` says when."""
+        if not self.is_ending:
+            self.is_ending = True
+            self.finish()
+
+    def _grant_wishes(self) -> None:
         while self._wishes and not self.is_closed:
             grant, args, asked_s = self._wishes.popleft()
             try:
                 grant(*args, asked_s)
             except ValueError as error:
                 self.emit(error_event("bad_setting", f"{sentence(error)}.", "The stream goes on as it was."))
-        if self.is_closed or not self._outbox.has_room:
-            return
-        if len(self.inbox) >= self.frames_wanted:
-            self._run_chunk()
-        elif self._is_finishing:
-            self._run_last_chunk()
 
     def restart(self, pipe: StreamPipeline, **changes: Any) -> None:
         """A clean session with the settings of the old one; what was in flight is lost and acknowledged."""
@@ -206,6 +285,12 @@ class LiveStream:
         """Tell the viewer."""
         self._outbox.put(event)
 
+    def counts(self) -> dict[str, int]:
+        """Frames and one stream, for totals."""
+        num_in, dropped = (self.inbox.num_received, self.inbox.num_dropped) if self.inbox is not None else (0, 0)
+        frames = {"frames_in": num_in, "frames_out": self._meter.num_out, "late": self._meter.num_late}
+        return {"streams": 1, **frames, "dropped": dropped}
+
     def stats(self) -> dict[str, Any]:
         """Figures for the page, without those that the engine adds."""
         s = self.session.stats
@@ -226,16 +311,20 @@ class LiveStream:
             "nbytes": self.nbytes,
             "frames_in": self.inbox.num_received,
             "frames_out": self._meter.num_out,
+            "frames_late": self._meter.num_late,
             "recording": {"seconds": r.seconds, "bytes": r.nbytes} if (r := self._recorder) else None,
+            "quality": self._quality(),
             "waiting": None,
         }  # fmt: skip
 
     @property
     def lag_budget_ms(self) -> float:
-        """Two chunks, or as many as the stream batch holds, and the time of the model."""
-        chunk_ms = max(self.chunk_ms, 1e3 * self.inbox.chunk_frames / self._fps)
+        """Two chunks, or as many as the stream batch holds, and the time of the model with nobody else there."""
+        if self.options.deadline_ms is not None:
+            return self.options.deadline_ms
+        chunk_ms = max(self.solo_ms, 1e3 * self.inbox.chunk_frames / (self.asked_fps or self._fps))
         depth = self.options.steps if self.options.schedule == "stream_batch" else 1
-        return max(2, depth) * chunk_ms + self.chunk_ms
+        return max(2, depth) * chunk_ms + self.solo_ms
 
     def _begin(self, pipe: StreamPipeline) -> None:
         shape = {name: self._asked.pop(name) for name in FIXED_OPTIONS if name in self._asked}
@@ -271,12 +360,12 @@ class LiveStream:
             }  # fmt: skip
         )
 
-    def _run_chunk(self) -> None:
+    def _run_chunk(self) -> Work[None]:
         filled_s = self._clock() if self._filled_s is None else self._filled_s
         frames = self._take(self.frames_wanted)
         self._filled_s = self._clock() if len(self.inbox) >= self.frames_wanted else None
         start_s = self._clock()
-        out = self.session.push(np.stack([f.pixels for f in frames]))
+        out = yield from self.session.work(np.stack([f.pixels for f in frames]))
         now = self._clock()
         self.chunk_ms = 1e3 * (now - start_s)
         self.inbox.served((now - max(self._done_s, filled_s)) / len(frames))
@@ -301,6 +390,7 @@ class LiveStream:
         self._deliver(np.concatenate(out))
         self.restart(self.session.pipe)
         self.emit({"type": "finished"})
+        self.has_ended = self.is_ending
 
     def _take(self, num_frames: int) -> list[LiveFrame]:
         frames = self.inbox.take(num_frames)
@@ -324,7 +414,7 @@ class LiveStream:
             self._drift.update(before, after)
             if self._recorder is not None:
                 self._recorder.add_output(before, after)
-            self._meter.output([f.arrived_s for f, _ in pairs])
+            self._meter.output([f.arrived_s for f, _ in pairs], self.lag_budget_ms)
             frames = [(f.seq, pixels) for f, pixels in pairs]
             prompt_id = pairs[0][0].prompt_id
             self.emit(LiveReply(chunk, frames, self.ack, self.chunk_ms, noise_scale, motion, prompt_id))
@@ -340,8 +430,10 @@ class LiveStream:
             self.emit(error_event("bad_setting", "Too many changes wait already.", "Change one thing at a time."))
 
     def _change_options(self, changes: dict[str, Any], asked_s: float) -> None:
-        self.session.set_options(**changes)
+        fewer = self.options.steps - self.session.options.steps
+        self.session.set_options(**{"steps": self.options.steps} | changes)
         self.options = self.session.options
+        self.lower_steps(fewer)
         if self._recorder is not None:
             self._recorder.add_options(changes)
         note = ", ".join(f"{name} {value}" for name, value in changes.items())
@@ -401,6 +493,12 @@ class LiveStream:
             fps=self._fps, num_frames=max(1, self._meter.num_out), prompt=self.prompt, options=self.options,
         )  # fmt: skip
         self.emit({"type": "recipe", "recipe": json.loads(recipe.to_json())})
+
+    def _quality(self) -> dict[str, Any]:
+        """Steps in force, steps asked for, and why they differ."""
+        steps, asked = self.session.options.steps, self.options.steps
+        note = f"{steps} of {asked} steps while the server is busy" if steps < asked else ""
+        return {"steps": steps, "steps_asked": asked, "note": note}
 
     def _drift_figures(self) -> dict[str, Any]:
         drift = self._drift.drift

@@ -52,6 +52,10 @@ class IdentitySession:
             out += self._run(np.stack(taken))
         return self._joined(out)
 
+    def work(self, frames: np.ndarray):
+        return self.push(frames)
+        yield
+
     def flush(self) -> np.ndarray:
         self._check_open()
         out = self._run(np.stack(self._pending)) if self._pending else []

@@ -10,8 +10,12 @@ import pytest
 from identity_pipeline import IdentityPipeline
 from random_pipeline import moving_frames, random_pipeline, stream
 
+from streamdiff_core.admission import AdmissionOptions
+from streamdiff_core.latency_model import Line
 from streamdiff_core.live_engine import LiveEngine, ServerFullError, is_out_of_memory
 from streamdiff_core.live_events import LiveReply
+from streamdiff_core.live_turns import Turns
+from streamdiff_core.slo import PlannerOptions
 
 FRAMES = moving_frames(61)
 
@@ -19,12 +23,12 @@ FRAMES = moving_frames(61)
 class Viewer:
     """A connection that keeps everything it gets."""
 
-    def __init__(self, engine, prompt="ink", frames=FRAMES, **options):
+    def __init__(self, engine, prompt="ink", frames=FRAMES, exact=False, **options):
         self.frames, self.num_sent = frames, 0
         self.replies, self.messages = [], []
         self.engine = engine
         self._news = threading.Event()
-        self.stream = engine.open(prompt, options, self._news.set)
+        self.stream = engine.open(prompt, options, self._news.set, exact=exact)
 
     def until(self, condition, seconds=20.0):
         """Read until ``condition()``."""
@@ -49,7 +53,7 @@ class Viewer:
     def show(self, count):
         """The next frames, no faster than the model takes them, so that none is dropped."""
         for _ in range(count):
-            self.until(lambda: len(self.stream.inbox) < 4 or not self.stream.is_ready)
+            self.until(lambda: len(self.stream.inbox) < self.stream.frames_wanted)
             assert self.stream.admit(self.num_sent)
             self.stream.put(self.num_sent, self.frames[self.num_sent % len(self.frames)])
             self.num_sent += 1
@@ -84,7 +88,7 @@ def test_two_streams_at_once_equal_each_alone_bit_for_bit(engine):
     pipe = random_pipeline()
     settings = [("ink", dict(seed=1, steps=2)), ("oil paint", dict(seed=2, steps=3, noise_scale=0.4))]
     clips = [moving_frames(33, seed=i) for i in range(2)]
-    running = engine(pipe)
+    running = engine(pipe, turns=Turns(PlannerOptions(degrade=())))
     viewers = [
         Viewer(running, prompt, clip, **options).began()
         for (prompt, options), clip in zip(settings, clips, strict=True)
@@ -113,8 +117,8 @@ def test_turns_are_fair(engine):
     gate = threading.Lock()
     pipe.on_chunk = lambda session: (order.append(session.prompt), gate.acquire(), gate.release())
     with gate:  # nothing moves until all three have two chunks waiting
-        for viewer in viewers:
-            for seq in range(5, 13):
+        for seq in range(5, 13):
+            for viewer in viewers:
                 assert viewer.stream.admit(seq)
                 viewer.stream.put(seq, FRAMES[seq])
         running.wake()
@@ -278,3 +282,133 @@ def test_drift_is_measured_anew_from_the_first_chunk_with_another_prompt(engine)
     viewer.show(8).until(lambda: viewer.of_type("applied"))
     viewer.until(lambda: len(viewer.pictures) == 21)
     assert anchored == [13]
+
+
+class Gate:
+    """Holds the model inside a chunk of one stream."""
+
+    def __init__(self, pipe, prompt):
+        self.inside, self._open = threading.Event(), threading.Event()
+        pipe.on_chunk = lambda session: session.prompt == prompt and (self.inside.set(), self._open.wait(10))
+        self.open = self._open.set
+
+
+def put(viewer, count):
+    for _ in range(count):
+        if viewer.stream.admit(viewer.num_sent):
+            viewer.stream.put(viewer.num_sent, FRAMES[viewer.num_sent % 61])
+        viewer.num_sent += 1
+    viewer.engine.wake()
+
+
+def test_rows_of_streams_share_forwards_except_those_that_must_be_exact(engine):
+    pipe = random_pipeline()
+    sizes, forward = [], pipe.engine.forward
+    pipe.engine.forward = lambda rows: sizes.append({id(cache) for cache, _ in rows}) or forward(rows)
+    running = engine(pipe, turns=Turns(PlannerOptions(degrade=())))
+    viewers = [Viewer(running, "ink", steps=1).began() for _ in range(2)]
+    exact = Viewer(running, "ink", steps=1, exact=True)
+    everyone = [*viewers, exact.began()]
+    for viewer in everyone:
+        viewer.show(5).until(lambda v=viewer: len(v.pictures) == 5)
+    gate = threading.Lock()
+    pipe.engine.forward = lambda rows: (gate.acquire(), gate.release(), forward(rows))[2]
+    with gate:
+        put(exact, 4)
+        time.sleep(0.2)  # the model is busy with it, the others pile up
+        for viewer in everyone:
+            put(viewer, 4)
+        sizes.clear()
+        pipe.engine.forward = lambda rows: sizes.append({id(cache) for cache, _ in rows}) or forward(rows)
+    for viewer, count in zip(everyone, (9, 9, 13), strict=True):
+        viewer.until(lambda v=viewer, n=count: len(v.pictures) == n)
+    mine = id(exact.stream.session.cache)
+    assert max(map(len, sizes)) == 2 and [s for s in sizes if mine in s] == [{mine}]
+    clip = FRAMES[:13]
+    assert np.array_equal(exact.video, pipe.start("ink", steps=1).push(clip))
+
+
+def test_steps_go_down_under_overload_are_told_and_come_back(engine):
+    pipe = random_pipeline()
+    running = engine(pipe, turns=Turns(PlannerOptions(degrade=("steps",), hold_s=0.2)))
+    viewer = Viewer(running, "ink", steps=3).began()
+    viewer.show(5).until(lambda: len(viewer.pictures) == 5)
+    running.turns.model.line = lambda stage: Line(2000.0, 1.0)
+    viewer.show(9).until(lambda: [s for s in viewer.of_type("stats") if s["quality"]["note"]] or not viewer.show(1))
+    told = viewer.of_type("stats")[-1]["quality"]
+    assert told == {"steps": 1, "steps_asked": 3, "note": "1 of 3 steps while the server is busy"}
+    assert viewer.stream.options.steps == 3, "what was asked for stays known"
+    running.turns.model.line = lambda stage: Line(0.01, 0.01)
+    viewer.until(lambda: viewer.of_type("stats")[-1]["quality"]["steps"] == 3 or not viewer.show(1))
+    viewer.stream.finish()
+    running.wake()
+    viewer.until(lambda: viewer.of_type("finished"))
+    assert [seq for seq, _ in viewer.pictures] == list(range(viewer.num_sent)), "no frame is lost on the way"
+
+
+def test_a_newcomer_waits_in_line_and_comes_in_when_someone_leaves(engine):
+    running = engine(max_streams=1, admission=AdmissionOptions(max_waiting=2))
+    inside = Viewer(running).began()
+    first, second = (Viewer(running) for _ in range(2))
+    second.until(lambda: second.of_type("stats"))
+    (place, *_) = [m["waiting"] for m in second.of_type("stats")]
+    assert place["position"] == 2 and place["estimate_s"] > 0 and running.num_streams == 1
+    with pytest.raises(ServerFullError, match="all 2 places in line are taken"):
+        running.open("fourth")
+    running.close(inside.stream)
+    first.began()
+    second.until(lambda: second.of_type("stats")[-1]["waiting"]["position"] == 1)
+    running.close(second.stream)
+    assert not running.line.waiting and running.figures()["refused"] == 1 and running.figures()["streams"] == 3
+
+
+def test_a_stuck_model_is_told_to_everybody(engine):
+    pipe = IdentityPipeline()
+    running = engine(pipe, stuck_s=0.3)
+    slow, other = Viewer(running, "slow", steps=1).began(), Viewer(running, "other").began()
+    gate = Gate(pipe, "slow")
+    slow.show(5)
+    other.until(lambda: other.of_type("error"))
+    assert running.is_stuck and "not answered" in other.messages[-1]["sentence"] and not other.messages[-1]["fatal"]
+    gate.open()
+    slow.until(lambda: len(slow.pictures) == 5)
+    assert not running.is_stuck and len(slow.of_type("error")) == 1
+
+
+def test_draining_lets_out_what_is_in_flight_and_nobody_in(engine):
+    pipe = IdentityPipeline()
+    running = engine(pipe)
+    viewer = Viewer(running, steps=3).began()
+    put(viewer, 7)
+    draining = threading.Thread(target=running.drain)
+    draining.start()
+    viewer.until(lambda: viewer.of_type("error"))
+    draining.join(5)
+    assert [seq for seq, _ in viewer.pictures] == list(range(7)) and "stopping" in viewer.messages[-1]["sentence"]
+    assert running.num_streams == pipe.num_open == 0
+    with pytest.raises(ServerFullError, match="stopping"):
+        running.open("late")
+
+
+def test_out_of_memory_in_a_joint_forward_makes_forwards_smaller_and_no_stream(engine):
+    pipe = random_pipeline()
+    forward = pipe.engine.forward
+
+    def small_memory(rows):
+        if len(rows) > 1:
+            raise MemoryError
+        return forward(rows)
+
+    running = engine(pipe, turns=Turns(PlannerOptions(degrade=())))
+    viewers = [Viewer(running, "ink", steps=1).began() for _ in range(2)]
+    pipe.engine.forward = small_memory
+    for viewer in viewers:
+        put(viewer, 5)
+    for _ in range(6):
+        for viewer in viewers:
+            put(viewer, 4)
+            viewer.until(lambda v=viewer: len(v.stream.inbox) < 4)
+    for viewer in viewers:
+        viewer.until(lambda v=viewer: len(v.pictures) >= 9)
+        assert not viewer.of_type("error")
+    assert running.turns.options.max_rows < 16
