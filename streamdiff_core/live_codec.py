@@ -95,7 +95,13 @@ def encode_picture(pixels: np.ndarray, format: str) -> bytes:
     """uint8 [H, W, 3] RGB to bytes."""
     if format == "raw":
         return np.ascontiguousarray(pixels).tobytes()
+    if format == "jpeg":
+        return encode_jpeg(pixels)
     bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    if format == "webp":
-        return cv2.imencode(".webp", bgr, [cv2.IMWRITE_WEBP_QUALITY, WEBP_QUALITY])[1].tobytes()
+    return cv2.imencode(".webp", bgr, [cv2.IMWRITE_WEBP_QUALITY, WEBP_QUALITY])[1].tobytes()
+
+
+def encode_jpeg(pixels: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] RGB to JPEG."""
+    bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
