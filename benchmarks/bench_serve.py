@@ -275,7 +275,7 @@ def main() -> None:
     bench.say(f"# Serving with `{args.preset}`, {today}\n")
     command = f"python benchmarks/bench_serve.py --minutes {args.minutes:g}"
     bench.say(
-        f"{facts['hardware']}; torch {facts['torch']}, {facts['torch_threads']} threads; commit {source_commit()}; "
+        f"{facts['hardware']}; torch {facts['torch']}, {facts['torch_threads']} threads; commit {source_commit()}."
     )
     bench.say(f"`{command}`. The load generator runs on the same machine.\n")
     capacity = bench.throughput(counts)

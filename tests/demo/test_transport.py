@@ -20,8 +20,8 @@ from random_pipeline import RANDOM_PRESET, SIDE, moving_frames
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from demo import session as live
 from demo.app import create_app, listen, make_server
+from streamdiff_core import live_connection as live
 from streamdiff_core.config import PRESETS
 from streamdiff_core.live_stream import MAX_WISHES
 
