@@ -19,7 +19,7 @@ setup: .venv/.installed-dev
 	@echo "Ready. Try: $(BIN)/streamdiff run sample --prompt \"watercolour painting\" -o out.mp4"
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # The live page in a real browser with a fake camera; needs Chromium (Debian: apt-get install chromium).
 test-browser: .venv/.installed-dev
