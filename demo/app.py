@@ -102,7 +102,7 @@ def create_app(
         theme=page_theme(), footer_links=[], max_file_size=MAX_UPLOAD_BYTES,
     )  # fmt: skip
     blocks, settings = build_page(get_preset(preset))
-    return gr.mount_gradio_app(app, blocks, path="/", ssr_mode=False, **settings)
+    return gr.mount_gradio_app(app, blocks, path="/", ssr_mode=False, max_file_size="1mb", **settings)
 
 
 def build_page(preset: Preset) -> tuple[gr.Blocks, dict[str, Any]]:
