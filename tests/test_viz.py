@@ -109,6 +109,8 @@ def test_strip_shows_the_moments_asked_for():
     figure = viz.draw_strip({"in": clip, "out": clip + 100}, moments=[0, 11], fps=4)
     shown = [axes.images[0].get_array().mean() for axes in figure.axes]
     assert shown == [0, 11, 100, 111] and figure.axes[1].get_title(loc="left") == "2.75 s"
+    named = viz.draw_strip({"in": clip}, moments=[0, 11], captions=["begin", "end"])
+    assert [axes.get_title(loc="left") for axes in named.axes] == ["begin", "end"]
     with pytest.raises(ValueError, match="at least one clip"):
         viz.draw_strip({"in": clip[:0]})
 

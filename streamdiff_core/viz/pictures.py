@@ -23,7 +23,12 @@ SIDE_PX = 160
 
 @drawing
 def draw_strip(
-    clips: Mapping[str, np.ndarray], *, moments: Sequence[int] | None = None, num_moments: int = 6, fps: float = 16.0
+    clips: Mapping[str, np.ndarray],
+    *,
+    moments: Sequence[int] | None = None,
+    num_moments: int = 6,
+    captions: Sequence[str] | None = None,
+    fps: float = 16.0,
 ) -> Figure:
     """The same moments of several clips, one clip a row.
 
@@ -31,7 +36,8 @@ def draw_strip(
         clips: {label: uint8 [T, H, W, 3]}.
         moments: frame numbers to show; default: ``num_moments`` even ones of the shortest clip.
         num_moments: how many.
-        fps: frames per second, for the times above the pictures.
+        captions: what stands above the pictures, one for each moment; default: their times.
+        fps: frames per second, for those times.
 
     Raises:
         ValueError: no clip, an empty one, or frames that are not uint8 [T, H, W, 3].
@@ -44,8 +50,8 @@ def draw_strip(
     if moments is None:
         moments = np.unique(np.linspace(0, length - 1, num_moments).round().astype(int))
     height, width = next(iter(clips.values())).shape[1:3]
-    cell_width = 9.5 / len(moments)
-    size = (9.5, len(clips) * (cell_width - 0.06) * height / width + 0.25)
+    cell_width = min(1.7, 9.3 / len(moments))
+    size = (len(moments) * cell_width + 0.2, len(clips) * (cell_width - 0.03) * height / width + 0.25)
     figure, grid = new_figure(*size, len(clips), len(moments), squeeze=False)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for row, (label, frames) in zip(grid, clips.items(), strict=True):
@@ -54,8 +60,9 @@ def draw_strip(
             axes.imshow(small[0])
             bare(axes)
         row[0].set_ylabel(label, fontsize=11)
-    for axes, moment in zip(grid[0], moments, strict=True):
-        axes.set_title(f"{moment / fps:.2f} s", fontsize=10)
+    captions = [f"{moment / fps:.2f} s" for moment in moments] if captions is None else captions
+    for axes, caption in zip(grid[0], captions, strict=True):
+        axes.set_title(caption, fontsize=10)
     return figure
 
 
