@@ -20,7 +20,7 @@ import numpy as np
 from streamdiff_core.compare_pictures import ContactSheet, Grid, draw_curves, require_matplotlib
 from streamdiff_core.compare_plan import Cell, Comparison, check_fair, make_cells
 from streamdiff_core.compare_report import ScoreTable, write_report
-from streamdiff_core.compare_scores import CellScorer, InputMotion, Judge, style_for, summarise
+from streamdiff_core.compare_scores import REFERENCE_S, CellScorer, InputMotion, Judge, style_for, summarise
 from streamdiff_core.frames import resize_and_crop
 from streamdiff_core.pipeline import StreamPipeline
 from streamdiff_core.recipe import Recipe
@@ -71,7 +71,13 @@ class CompareResult:
 
 
 def compare(
-    pipe: StreamPipeline, comparison: Comparison, source: str | Path, folder: str | Path, *, judge: Judge | None = None
+    pipe: StreamPipeline,
+    comparison: Comparison,
+    source: str | Path,
+    folder: str | Path,
+    *,
+    judge: Judge | None = None,
+    drift_reference_s: float = REFERENCE_S,
 ) -> Generator[Progress, None, CompareResult]:
     """Make a comparison step by step: each step is a few frames of one cell, or one frame of all.
 
@@ -82,6 +88,7 @@ def compare(
         source: the comparison's input.
         folder: output; made if it is missing. Cells of an earlier run in it are used again.
         judge: scores pictures against the prompt (`clip_score`).
+        drift_reference_s: as in ``CellScorer``.
 
     Returns:
         The result, as the generator's value.
@@ -118,7 +125,9 @@ def compare(
         yield Progress(done=done, total=total, what=cell.label)
     if all(cell.error for cell in cells):
         raise ValueError(f"no cell was finished: {cells[0].error}")
-    for _ in measure(comparison, cells, source, folder, pipe.preset.bundled, judge):
+    base, told = comparison.base, {"judge": judge, "reference_s": drift_reference_s}
+    told |= {"fps": base.fps, "style": style_for(base, pipe.preset.bundled), "prompt": prompt_text(base.prompt)}
+    for _ in measure(comparison, cells, source, folder, told):
         done += 1
         yield Progress(done=done, total=total, what="measure and draw")
     return CompareResult(folder=folder, cells=cells, num_frames=frames, fps=comparison.base.fps)
@@ -183,12 +192,15 @@ def read_input(recipe: Recipe, source: str | Path) -> Iterator[np.ndarray]:
 
 
 def measure(
-    comparison: Comparison, cells: list[Cell], source: str | Path, folder: Path, bundled: bool, judge: Judge | None
+    comparison: Comparison, cells: list[Cell], source: str | Path, folder: Path, told: dict[str, Any]
 ) -> Iterator[int]:
-    """Play all cells in step: write grid, sheet, curves, table and report; yields after every frame."""
+    """Play all cells in step: write grid, sheet, curves, table and report; yields after every frame.
+
+    Args:
+        told: arguments of every ``CellScorer``.
+    """
     base, options = comparison.base, comparison.base.options
     finished = [cell for cell in cells if not cell.error]
-    told = {"fps": base.fps, "style": style_for(base, bundled), "judge": judge, "prompt": prompt_text(base.prompt)}
     scorers = {cell.label: CellScorer(**told) for cell in finished}
     motion, size, names = InputMotion(), (options.width, options.height), [(c.label, c.error) for c in cells]
     sheet, grid = ContactSheet(names, base.num_frames, base.fps, size), Grid(names, size)

@@ -23,7 +23,7 @@ from streamdiff_core.training.styles import apply_style
 MOVING_PX = 0.5
 """Input flow from which on a pixel counts as moving."""
 REFERENCE_S = 1.0
-"""First seconds that drift is measured against, and the span at the end that its summary is taken over."""
+"""First seconds that drift is measured against."""
 Judge = Callable[[np.ndarray, str], float]
 """(uint8 [H, W, 3], prompt) → score."""
 
@@ -50,7 +50,7 @@ FIGURES = (
     Figure(name="warp_error_levels", title="Warp error", unit="grey levels of 255", better="low",
            meaning="Mean difference to the frame before, moved along the input's optical flow (OpenCV DIS, medium)."),
     Figure(name="drift_lab", title="Colour drift", unit="Lab units", better="low",
-           meaning="How far the mean Lab colour of a second left that of the first second, beyond the input's own."),
+           meaning="How far the mean colour of a span (1 s unless said) left the first's, beyond the input's own."),
     Figure(name="sharpness_levels2", title="Sharpness", unit="squared grey levels", better="none",
            meaning="Variance of the Laplacian of luma; noise raises it, and a style has its own."),
     Figure(name="motion_kept", title="Motion kept", unit="share of the input's flow", better="one",
@@ -88,11 +88,21 @@ class CellScorer:
         style: filter that shows how the prompt is meant (``style_of``); None leaves that figure out.
         judge: scores a picture against the prompt; None leaves that figure out.
         prompt: what ``judge`` is told.
+        reference_s: span that drift is taken over; a loop's length where the input repeats, so that the input has no
+            drift of its own which would hide the output's.
     """
 
-    def __init__(self, *, fps: float, style: str | None = None, judge: Judge | None = None, prompt: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        fps: float,
+        style: str | None = None,
+        judge: Judge | None = None,
+        prompt: str = "",
+        reference_s: float = REFERENCE_S,
+    ) -> None:
         self._style, self._judge, self._prompt = style, judge, prompt
-        self._drift = DriftMeter(fps=fps, reference_s=REFERENCE_S)
+        self._drift = DriftMeter(fps=fps, reference_s=reference_s)
         self._before: np.ndarray | None = None
 
     def update(self, motion: InputMotion, output: np.ndarray) -> dict[str, float]:
@@ -153,8 +163,8 @@ def style_for(recipe: Recipe, bundled: bool) -> str | None:
 
 
 def summarise(rows: list[Mapping[str, float]], fps: float) -> dict[str, float]:
-    """One number per figure: the mean over frames; of the drift, the mean over the last ``REFERENCE_S``."""
-    last = rows[-max(1, round(fps * REFERENCE_S)) :]
+    """One number per figure: the mean over frames; of the drift, the mean over the last second."""
+    last = rows[-max(1, round(fps)) :]
     found = {}
     for figure in FIGURES:
         values = np.array([row.get(figure.name, np.nan) for row in (last if figure.name == "drift_lab" else rows)])

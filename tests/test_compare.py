@@ -327,6 +327,20 @@ def test_drift_is_that_of_the_last_second_and_beyond_the_input() -> None:
     assert rows[3]["drift_lab"] == 0
 
 
+def test_drift_reference_can_be_a_whole_loop() -> None:
+    changed_at, fps = 6, 4
+
+    def drift_at(frame: int, **options: float) -> float:
+        motion, scorer, rows = InputMotion(), CellScorer(fps=fps, **options), []
+        for i in range(frame + 1):
+            picture = np.full((64, 64, 3), 100, np.uint8)
+            motion.update(picture)
+            rows.append(scorer.update(motion, picture + np.uint8(40 * (i >= changed_at))))
+        return rows[-1]["drift_lab"]
+
+    assert drift_at(7) > 5 and drift_at(7, reference_s=2.0) == 0 and drift_at(15, reference_s=2.0) > 5
+
+
 def test_styles_are_recognised_by_prompt() -> None:
     assert {style: style_of(prompt) for style, prompt in DEFAULT_PROMPTS.items()} == {s: s for s in DEFAULT_PROMPTS}
     assert style_of("a Pencil Sketch of a cat, please") == "pencil" and style_of("an oil painting") == "oil"
