@@ -186,6 +186,10 @@ def test_recipe_gives_the_same_grid_bit_for_bit(
     comparison = Comparison.from_json((made.folder / "recipe.json").read_text())
     again = run_all(compare(pipe, comparison, clip, tmp_path / "again"))
     assert not any(cell.reused for cell in again.cells)
+    for mine, other in zip(made.cells, again.cells, strict=True):
+        if not mine.error:
+            pair = (np.stack(list(read_video(cell.path))) for cell in (mine, other))
+            np.testing.assert_array_equal(*pair, err_msg=mine.label)
     first, second = (np.stack(list(read_video(folder / "grid.mp4"))) for folder in (made.folder, again.folder))
     np.testing.assert_array_equal(first, second)
     assert (again.folder / "scores.csv").read_bytes() == (made.folder / "scores.csv").read_bytes()
