@@ -206,7 +206,7 @@ def measure(
     sheet, grid = ContactSheet(names, base.num_frames, base.fps, size), Grid(names, size)
     with ExitStack() as stack:
         scores = stack.enter_context(ScoreTable(folder / SCORES_NAME, base.fps))
-        writer = stack.enter_context(VideoWriter(folder / GRID_NAME, base.fps, threads=1))
+        writer = stack.enter_context(VideoWriter(folder / GRID_NAME, base.fps))
         players = [stack.enter_context(closing(read_video(cell.path, every_frame=True))) for cell in finished]
         for index, (frame, *outputs) in enumerate(zip(read_input(base, source), *players, strict=True)):
             small = resize_and_crop(frame[None], *size)[0]

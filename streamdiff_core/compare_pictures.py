@@ -24,8 +24,7 @@ BAND_PX, GAP_PX, MARGIN_PX = 26, 6, 10
 NUM_MOMENTS = 6
 SHEET_TILE_PX = 200
 MACROBLOCK_PX = 16
-"""Sides of a grid are multiples: swscale and x264 fill a broken block at the edge with whatever is in memory, and the
-same grid would not be encoded to the same bits twice."""
+"""Sides of a grid are multiples, so that no block at its edge is filled up by the encoder."""
 FAILED = (150, 40, 40)
 Labels = Sequence[tuple[str, str | None]]
 """(label, why it failed or None) of every cell, in order."""

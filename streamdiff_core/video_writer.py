@@ -34,8 +34,6 @@ class VideoWriter:
         crf: Quality of H.264, 0 (best) … 51; 18 is hard to tell from the source. VP9 uses ``crf + 12``.
         lossless: Keep every value (H.264 in RGB, ``.mkv`` or ``.mp4``); for files that are read again, few players
             show them.
-        threads: Threads of the encoder, 0: its own choice; with 1 the same frames give the same bytes on a busy
-            machine too.
         comment: Text for the file's ``comment`` tag (not GIF, not PNG); as an attribute it may be set until
             ``finish``.
 
@@ -46,14 +44,7 @@ class VideoWriter:
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        fps: float,
-        *,
-        crf: int = 18,
-        lossless: bool = False,
-        threads: int = 0,
-        comment: str | None = None,
+        self, path: str | Path, fps: float, *, crf: int = 18, lossless: bool = False, comment: str | None = None
     ) -> None:
         wants_folder = str(path).endswith(("/", os.sep))
         self.path = Path(path).expanduser()
@@ -74,7 +65,7 @@ class VideoWriter:
             self._output = _Gif(self._partial, rate)
         else:
             codec = "libx264rgb" if lossless else _CODECS[suffix.lower()]
-            self._output = _EncodedFile(self._partial, rate, codec, 0 if lossless else crf, threads)
+            self._output = _EncodedFile(self._partial, rate, codec, 0 if lossless else crf)
 
     def write(self, frames: np.ndarray) -> None:
         """Append uint8 ``[T, H, W, 3]``; T = 0 is allowed and does nothing.
@@ -155,8 +146,8 @@ class _Output(Protocol):
 class _EncodedFile:
     """H.264 or VP9 through PyAV, yuv420p (lossless: RGB); opened at the first frame, when the size is known."""
 
-    def __init__(self, path: Path, rate: Fraction, codec: str, crf: int, threads: int) -> None:
-        self._path, self._rate, self._codec, self._crf, self._threads = path, rate, codec, crf, threads
+    def __init__(self, path: Path, rate: Fraction, codec: str, crf: int) -> None:
+        self._path, self._rate, self._codec, self._crf = path, rate, codec, crf
         self._container = None
 
     def add(self, frame: np.ndarray) -> None:
@@ -177,14 +168,14 @@ class _EncodedFile:
     def _open(self, height: int, width: int) -> None:
         import av
 
-        options = {"crf": str(self._crf), "preset": "veryfast"}
+        # x264's macroblock tree makes two files of the same frames differ now and then: a recipe would not hold
+        options = {"crf": str(self._crf), "preset": "veryfast", "mbtree": "0"}
         if self._codec == "libvpx-vp9":
             options = {"crf": str(min(63, self._crf + 12)), "b": "0", "deadline": "realtime", "cpu-used": "6"}
         self._container = av.open(f"file:{self._path}", "w", options=_fast_start(self._path))
         self._stream = self._container.add_stream(self._codec, rate=self._rate, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         context = self._stream.codec_context
-        context.thread_count = self._threads
         if self._codec == "libx264rgb":
             self._stream.pix_fmt = "rgb24"
             return

@@ -376,7 +376,7 @@ def test_grid_and_sheet_by_hand() -> None:
     picture = grid.draw(red, {label: blue for label, error in cells if not error})
     shown = [int((picture == colour).all(axis=2).sum()) for colour in ((200, 0, 0), (0, 0, 200))]
     assert shown == [320 * 180, 4 * 320 * 180]
-    assert all(side % 16 == 0 for side in picture.shape[:2])  # else H.264 of the same grid differs now and then
+    assert all(side % 16 == 0 for side in picture.shape[:2])
     assert Grid(cells * 6, (832, 480)).draw(np.zeros((480, 832, 3), np.uint8), {}).shape[1] <= 1920
     assert ContactSheet(cells, 161, 16.0, (320, 180)).moments == [0, 32, 64, 96, 128, 160]
     assert ContactSheet(cells, 1, 16.0, (320, 180)).moments == [0]
