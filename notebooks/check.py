@@ -105,6 +105,7 @@ async def _run(notebook):
     from nbclient import NotebookClient
 
     client = NotebookClient(notebook, timeout=180, resources={"metadata": {"path": str(FOLDER)}})
+    client.widget_registry = {}  # else it answers Output widgets while it waits, and a reply can be missed for ever
     probe = f"{inspect.getsource(move_sliders)}\nprint(json.dumps([time.process_time(), move_sliders()]))"
     async with client.async_setup_kernel():
         for i, cell in enumerate(notebook.cells):
@@ -131,7 +132,7 @@ def complaints(cpu_s: float, moves: list[dict]) -> list[str]:
 
 
 def tidy(notebook, *, keep_figures: bool) -> None:
-    """Drop what a run leaves behind; figures may stay, made small."""
+    """Drop what a run leaves behind; figures may stay, made small, but not those below a widget."""
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
                          "language_info": {"name": "python"}}  # fmt: skip
     for i, cell in enumerate(notebook.cells):
@@ -139,7 +140,9 @@ def tidy(notebook, *, keep_figures: bool) -> None:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k in ("tags", "jupyter")}
         if cell.cell_type == "code":
             cell.execution_count = None
-            figures = [o for o in cell.outputs if keep_figures and "image/png" in o.get("data", {})]
+            kinds = {kind for o in cell.outputs for kind in o.get("data", {})}
+            keeps = keep_figures and "application/vnd.jupyter.widget-view+json" not in kinds
+            figures = [o for o in cell.outputs if keeps and "image/png" in o.get("data", {})]
             cell.outputs = [_small_figure(o) for o in figures]
 
 

@@ -167,7 +167,8 @@ def test_a_long_run_is_reported():
 
 def test_tidy_keeps_figures_only():
     notebook = notebook_of(
-        "%matplotlib inline\nfrom streamdiff_core import viz\nprint('text')\nviz.draw_curves({'a': [1, 2]})", "1 + 1"
+        "%matplotlib inline\nfrom streamdiff_core import viz\nprint('text')\nviz.draw_curves({'a': [1, 2]})",
+        f"{PANEL}interact(lambda n: viz.draw_curves({{'a': [0, n]}}), n=IntSlider(continuous_update=False));",
     )
     check.run(notebook)
     full = len(notebook.cells[0].outputs[-1].data["image/png"])
