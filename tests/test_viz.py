@@ -52,9 +52,9 @@ def test_positions_are_distances_to_the_query():
 
 
 def test_attention_is_ordered_sinks_first_then_by_age():
-    seen = some_map(frames=(6, 0, 5), roles=("window", "sink", "window"))
+    seen = some_map(frames=(6, 5, 4), roles=("window", "sink", "window"))  # a renewed sink is not the oldest
     figure = viz.draw_attention(seen)
-    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["sink 0", "window 5", "itself (6)"]
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["sink 5", "window 4", "itself (6)"]
     assert texts(figure)[:3] == ["30 %", "60 %", "10 %"]  # head 0: the map's columns are itself, sink, window
 
 
