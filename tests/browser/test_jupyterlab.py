@@ -1,0 +1,73 @@
+"""A student opens notebook 03 in JupyterLab, runs it, and drags a slider."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from tests.browser.conftest import REPOSITORY
+
+NOTEBOOK = "03_kv_sinks.ipynb"
+RUN_S = 300
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """Address of a JupyterLab over a copy of the notebook."""
+    pytest.importorskip("jupyterlab", reason="JupyterLab is in the extra notebooks")
+    shutil.copy(REPOSITORY / "notebooks" / NOTEBOOK, tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = [
+        "--no-browser",
+        "--allow-root",
+        f"--port={port}",
+        "--IdentityProvider.token=",
+        f"--notebook-dir={tmp_path}",
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}/lab"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).read()
+            break
+        except OSError:
+            assert time.monotonic() < deadline and process.poll() is None, "JupyterLab did not start"
+            time.sleep(0.5)
+    yield url
+    process.terminate()
+    process.wait(20)
+
+
+def test_runs_and_redraws_when_a_slider_is_dragged(lab, open_page):
+    page = open_page(f"{lab}/tree/{NOTEBOOK}", wait=False)
+    page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    page.wait_for_selector(".jp-Notebook .widget-slider .noUi-handle", timeout=RUN_S * 1000)
+    idle = "() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
+    page.wait_for_function(idle, timeout=RUN_S * 1000)
+    assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'] pre").count() == 0
+    assert page.locator(".jp-OutputArea-output:has-text('Traceback')").count() == 0
+    slider = page.locator(".jp-Notebook .widget-slider .noUi-handle").first
+    slider.scroll_into_view_if_needed()
+    figure = page.locator(".jp-OutputArea-child:has(.widget-slider) img").first
+    before = figure.get_attribute("src")
+    box = slider.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 80, box["y"] + box["height"] / 2, steps=8)
+    page.mouse.up()
+    deadline = time.monotonic() + 30
+    while figure.get_attribute("src") == before:
+        assert time.monotonic() < deadline, "the figure did not change"
+        page.wait_for_timeout(200)
