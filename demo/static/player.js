@@ -1,8 +1,9 @@
 /* Plays restyled frames evenly and measures what a viewer sees.
    A chunk brings n frames at once; they are shown one by one at the average interval of the last chunks, a little
-   faster while more than one chunk waits. More than two chunks never wait: the oldest frames are dropped. */
+   faster while more than one chunk waits. More than three chunks never wait: the oldest frames are dropped. */
 
 const CATCH_UP = 0.9;
+const MAX_CHUNKS_WAITING = 3;
 const CHUNKS_AVERAGED = 8;
 const LAG_WINDOW_MS = 10000;
 const FPS_WINDOW_MS = 3000;
@@ -48,7 +49,7 @@ export class Player {
     header.frames.forEach(([seq], i) =>
       this.queue.push({ seq, output: pictures[i], chunk: header.chunk, prompt_id: header.prompt_id }),
     );
-    while (this.queue.length > 2 * Math.max(pictures.length, 4)) {
+    while (this.queue.length > MAX_CHUNKS_WAITING * Math.max(pictures.length, 4)) {
       this.queue.shift().output.close();
       this.skipped += 1;
     }
