@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.browser.page import stream_for, use_camera, wait_for_frames
 from tests.browser.slow_link import slow_link
+
+pytestmark = pytest.mark.timing
 
 MEASURED_S = 10
 

@@ -7,6 +7,8 @@ import pytest
 from tests.browser.conftest import served
 from tests.browser.page import metrics, stream_for, use_camera, wait_for_frames
 
+pytestmark = pytest.mark.timing
+
 MINUTE_S, CAMERA_FPS, CHUNK_FRAMES = 60, 30, 4
 
 

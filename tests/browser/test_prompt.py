@@ -6,6 +6,8 @@ import pytest
 
 from tests.browser.page import metrics, seen, wait_for_frames, watch
 
+pytestmark = pytest.mark.timing
+
 CHUNK_FRAMES = 4
 
 
