@@ -198,6 +198,7 @@ class _JpegFile:
         self._stream = None
 
     def add(self, jpeg: bytes) -> None:
+        """Append a picture; the first one gives the size."""
         import av
 
         if self._stream is None:
@@ -212,6 +213,7 @@ class _JpegFile:
         self.nbytes += len(jpeg)
 
     def close(self) -> None:
+        """Complete the file."""
         self._container.close()
 
 

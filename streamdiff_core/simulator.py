@@ -79,6 +79,7 @@ class _Stream:
     was_served: bool = False
 
     def view(self) -> StreamView:
+        """What the planner is told."""
         viewer = self.record.viewer
         return StreamView(
             stream_id=self.number, fps=viewer.fps, arrivals_s=tuple(self.inbox), steps=viewer.steps,
@@ -127,6 +128,7 @@ class _Stream:
         record.last_out_s, self.num_leaving = now_s, 0
 
     def close(self) -> None:
+        """The viewer leaves; what was under way is counted as left."""
         self.is_closed = True
         self.record.num_left = len(self.inbox) + self.num_leaving + sum(len(chunk) for _, chunk in self.in_flight)
 
@@ -141,6 +143,7 @@ class _Replica:
         self.is_busy, self.learns = False, world.prior is not None
 
     def views(self) -> list[StreamView]:
+        """Its streams, for the planner."""
         return [stream.view() for stream in self.streams.values()]
 
 
@@ -159,9 +162,11 @@ class _Simulation:
             self.at(viewer.join_s, self.join, number)
 
     def at(self, time_s: float, action: Callable[..., None], *args: object) -> None:
+        """Let ``action(*args)`` happen at ``time_s``."""
         heapq.heappush(self.events, (time_s, next(self.order), action, args))
 
     def run(self) -> Report:
+        """All events up to the end; everything still open is then closed."""
         while self.events and self.events[0][0] <= self.report.duration_s:
             self.now_s, _, action, args = heapq.heappop(self.events)
             action(*args)
@@ -172,6 +177,7 @@ class _Simulation:
     # --- people -------------------------------------------------------------------------------------------------
 
     def join(self, number: int) -> None:
+        """A viewer comes: is let in, waits in line, or is refused."""
         verdict, replica = self.ask(number, len(self.line))
         if verdict == "accept":
             self.let_in(number, replica)
@@ -191,9 +197,11 @@ class _Simulation:
         return answer.verdict, replica
 
     def load_of(self, replica: _Replica) -> float:
+        """Share of the machine that its streams need."""
         return load(replica.views(), replica.model, Setting(mode="stream_batch"), self.world.options)
 
     def let_in(self, number: int, replica: _Replica) -> None:
+        """A viewer's frames begin to arrive, until it leaves."""
         record = self.report.streams[number]
         record.let_in_s = self.now_s
         stream = replica.streams[number] = _Stream(number, record, self.now_s)
@@ -202,6 +210,7 @@ class _Simulation:
         self.at(self.now_s + record.viewer.stay_s, self.leave, number, replica)
 
     def leave(self, number: int, replica: _Replica) -> None:
+        """A viewer goes; those in line who now fit are let in, first come first."""
         replica.streams.pop(number).close()
         while self.line:
             verdict, roomy = self.ask(self.line[0], 0)
@@ -212,6 +221,7 @@ class _Simulation:
     # --- frames and ticks ---------------------------------------------------------------------------------------
 
     def arrive(self, stream: _Stream, replica: _Replica, times_s: Iterator[float]) -> None:
+        """A frame of a stream, and the time of its next."""
         if stream.is_closed:
             return
         room = inbox_frames_of(stream.view(), replica.setting, self.world.options, self.world.inbox_chunks)
@@ -221,6 +231,7 @@ class _Simulation:
         self.tick(replica)
 
     def tick(self, replica: _Replica) -> None:
+        """If the machine is idle, do what its planner says."""
         if replica.is_busy:
             return
         tick = self.world.policy(replica.views(), replica.model, replica.state, self.now_s, self.world.options)
@@ -250,6 +261,7 @@ class _Simulation:
         return total_ms / 1e3
 
     def finish(self, replica: _Replica, served: list[tuple[_Stream, list[float]]]) -> None:
+        """A tick is done: its frames come out, and the next may begin."""
         replica.is_busy = False
         for stream, arrivals_s in served:
             stream.put_out(arrivals_s, self.now_s)

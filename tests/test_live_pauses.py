@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+import test_live_engine
 from identity_pipeline import IdentityPipeline
 from random_pipeline import random_pipeline, stream
 from test_live_engine import FRAMES, Viewer
@@ -14,17 +15,7 @@ from streamdiff_core.live_engine import LiveEngine, ServerFullError
 from streamdiff_core.live_pauses import PauseWork
 
 
-@pytest.fixture
-def engine(request):
-    made = []
-
-    def make(pipe=None, **options):
-        made.append(LiveEngine(pipe or IdentityPipeline(), **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.shutdown()
+engine = test_live_engine.engine
 
 
 def test_result_progress_and_thread(engine):

@@ -41,11 +41,13 @@ class Freeze(InputRule):
         self._reference: np.ndarray | None = None
 
     def holds(self, frames: np.ndarray) -> bool:
+        """Whether the chunk [T, H, W, 3] is as still as those before."""
         still = self._reference is not None and largest_change(frames, self._reference) <= self.tolerance_levels
         self._num_still = self._num_still + 1 if still else 0
         return self._num_still > self.settle_chunks
 
     def takes(self, frames: np.ndarray) -> None:
+        """Compare with this chunk's last frame from now on."""
         self._reference = frames[-1].copy()
 
 

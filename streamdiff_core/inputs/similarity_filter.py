@@ -42,9 +42,11 @@ class SimilarityFilter(InputRule):
         self._reference: np.ndarray | None = None
 
     def begin(self, seed: int, encode_prompt: object) -> None:
+        """A stream's seed decides its draws."""
         self._seed = seed
 
     def holds(self, frames: np.ndarray) -> bool:
+        """Draw whether the chunk [T, H, W, 3] is left out: the likelier, the more it resembles the last one taken."""
         draw = random.Random(self._seed * 1_000_003 + self._num_seen).random()
         self._num_seen += 1
         if self._reference is None or self._num_held == self.max_held_chunks:
@@ -55,6 +57,7 @@ class SimilarityFilter(InputRule):
         return is_held
 
     def takes(self, frames: np.ndarray) -> None:
+        """Compare with this chunk's last frame from now on."""
         self._reference, self._num_held = frames[-1].copy(), 0
 
 
