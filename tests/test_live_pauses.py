@@ -11,9 +11,8 @@ from identity_pipeline import IdentityPipeline
 from random_pipeline import random_pipeline, stream
 from test_live_engine import FRAMES, Viewer
 
-from streamdiff_core.live_engine import LiveEngine, ServerFullError
+from streamdiff_core.live_engine import ServerFullError
 from streamdiff_core.live_pauses import PauseWork
-
 
 engine = test_live_engine.engine
 
