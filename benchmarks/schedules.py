@@ -35,6 +35,7 @@ def variants(steps: int) -> dict[str, dict]:
         "stream batch": dict(schedule="stream_batch"),
         "timestep-parallel, one device": dict(schedule="timestep_parallel"),
         "rolling window": dict(schedule="rolling_window"),
+        "knot overlap": dict(schedule="knot_overlap"),
         "best of 2": dict(schedule="best_of", schedule_options=dict(candidates=2)),
         "best of 4": dict(schedule="best_of", schedule_options=dict(candidates=4)),
     }

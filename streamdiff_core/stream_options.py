@@ -126,7 +126,7 @@ def check_options(options: StreamOptions, preset: Preset) -> None:
         raise ValueError(
             f"{o.schedule} denoises {together} chunks together, {o.latent_frames_per_chunk * together} latent frames, "
             f"which must fit the window of {o.cache.window_frames} and, with one more at the start, the cache of "
-            f"{o.cache.cache_frames}; raise window_frames or lower steps"
+            f"{o.cache.cache_frames}; raise window_frames, or lower steps where they say how many"
         )
     policy.check(o.latent_frames_per_chunk * together)
     first = make_inputs(o.input_options, has_frames=o.mode == "v2v").first_chunk_frames(o.latent_frames_per_chunk)

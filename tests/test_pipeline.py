@@ -40,7 +40,7 @@ def pipe():
         (dict(width=72), "multiples of 16 from 64 on, got 72x64"),
         (dict(width=0), "got 0x64"),
         (dict(height=48), "got 64x48"),
-        (dict(schedule="euler"), "unknown schedule 'euler'; known: best_of, rolling_window, sequential"),
+        (dict(schedule="euler"), "unknown schedule 'euler'; known: best_of, knot_overlap, rolling_window, sequential"),
         (dict(schedule=""), "unknown schedule ''"),
         (dict(policy="magic"), "unknown policy 'magic'; known: anchor_forcing"),
         (dict(mode="i2v"), "mode must be 'v2v' or 't2v', got 'i2v'"),

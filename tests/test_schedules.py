@@ -148,7 +148,7 @@ def test_list_edited_in_place():
 def test_registry_holds_schedules():
     """Every file with a ``SCHEDULE`` is found; the modules they share are not taken for one."""
     assert sorted(SCHEDULES) == [
-        "best_of", "rolling_window", "sequential", "speculative", "stream_batch", "timestep_parallel",
+        "best_of", "knot_overlap", "rolling_window", "sequential", "speculative", "stream_batch", "timestep_parallel",
     ]  # fmt: skip
     for build in SCHEDULES.values():
         assert isinstance(build(stepper(), 2), DenoiseSchedule)
@@ -164,7 +164,7 @@ def test_knobs_and_the_clean_pass_reach_the_schedule():
 @pytest.mark.parametrize(
     "name, options, says",
     [
-        ("euler", {}, "unknown schedule 'euler'; known: best_of, rolling"),
+        ("euler", {}, "unknown schedule 'euler'; known: best_of, knot"),
         ("stream_batch", dict(beam=2), "schedule 'stream_batch' has no knob 'beam'; it has: none"),
         ("best_of", dict(beam=2), "no knob 'beam'; it has: candidates, scorer, carry"),
         ("best_of", dict(clean_pass=True), "no knob 'clean_pass'"),  # it has a switch of its own
@@ -180,7 +180,7 @@ def test_unusable_options(name, options, says):
         make_schedule(name, stepper(), 2, options=options)
 
 
-@pytest.mark.parametrize("name", ["rolling_window", "stream_batch", "timestep_parallel"])
+@pytest.mark.parametrize("name", ["knot_overlap", "rolling_window", "stream_batch", "timestep_parallel"])
 def test_a_clean_pass_needs_a_schedule_that_offers_it(name):
     with pytest.raises(ValueError, match=f"'{name}' has no clean_pass.*use one of best_of, sequential, speculative"):
         make_schedule(name, stepper(), 2, clean_pass=True)

@@ -22,7 +22,7 @@ class KnotForcingPolicy(RollingPolicy):
     Cost: the sink is rotated again at every move.
     Look for: as ``live_avatar``; a small change of pace at every move.
     Deviates: the sink is the first generated frame. The overlap of chunks (the knot) changes what is denoised, not
-        what is read, and is not part of this policy.
+        what is read: it is the schedule ``knot_overlap``, whose denoising rows hold the knot besides.
     """
 
     first_position: int = 8

@@ -18,6 +18,7 @@ from schedule_twin import Twin
 from torch.testing import assert_close
 
 from streamdiff_core.config import CacheConfig
+from streamdiff_core.flow import add_noise
 from streamdiff_core.schedules.scorers import Past, get_scorer
 
 TOLERANCE = dict(rtol=0, atol=1e-9)  # float64; batches and long rows sum in another order
@@ -61,6 +62,31 @@ def rolling_twin(twin, steps):
         if w >= steps - 1:
             twin.clean(history, inside[0], x0s[inside[0]])
     return [x0s[i] for i in range(last + 1)]
+
+
+def knot_twin(twin, steps):
+    """Chunk by chunk on a copy of the whole cache; later chunks are one frame, so that the knot is all of the next."""
+    history, out, knot = twin.empty_cache(), [], None
+    for i, chunk in enumerate(twin.chunks):
+        scratch, pair = deepcopy(history), [i, i + 1][: len(twin.chunks) - i]
+        ids = [f for j in pair for f in twin.chunks[j].frame_ids]
+        x0s = [twin.chunks[j].latents for j in pair]
+        for step in range(steps):
+            if knot is not None:
+                x0s[0] = torch.cat([knot, x0s[0][1:]])
+            xts = [twin.noised(j, step, x0) for j, x0 in zip(pair, x0s, strict=True)]
+            if step == 0:
+                xts[0] = add_noise(x0s[0], twin.noise(i, 0, x0s[0]), chunk.noise_scale)
+            times = [twin.chunks[j].timesteps[step] for j in pair for _ in twin.chunks[j].frame_ids]
+            joint = twin.forward(scratch, ids, torch.cat(xts), times)
+            x0s = list(joint.split([len(x) for x in xts]))
+        x0 = x0s[0].clone()
+        if knot is not None:
+            x0[:1] = (x0[:1] + knot) / 2
+        knot = x0s[1] if len(pair) > 1 else None
+        twin.clean(history, i, x0)
+        out.append(x0)
+    return out
 
 
 def parallel_twin(twin, steps):
@@ -129,6 +155,12 @@ def test_rolling_window(pipe, frames, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
+def test_knot_overlap(pipe, frames, steps):
+    mine = latents_of(pipe, frames, steps=steps, schedule="knot_overlap")
+    assert_twins(mine, knot_twin(Twin(pipe, frames, steps), steps))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
 def test_timestep_parallel(pipe, frames, steps):
     mine = latents_of(pipe, frames, steps=steps, schedule="timestep_parallel")
     assert_twins(mine, parallel_twin(Twin(pipe, frames, steps), steps))
@@ -156,7 +188,7 @@ def test_best_of(pipe, frames, clean_pass):
 def test_the_schedules_differ(pipe, frames):
     """A guard: each of them is another algorithm here, from the first chunk it can show on."""
     plain = latents_of(pipe, frames, steps=2, schedule="sequential")
-    for name in ("rolling_window", "timestep_parallel", "speculative", "best_of"):
+    for name in ("rolling_window", "knot_overlap", "timestep_parallel", "speculative", "best_of"):
         knobs = dict(speculative=dict(threshold=-1e9), best_of=dict(candidates=4)).get(name, {})
         other = latents_of(pipe, frames, steps=2, schedule=name, schedule_options=knobs)
         gaps = [(a - b).abs().max() for a, b in zip(plain[3:], other[3:], strict=True)]
@@ -174,6 +206,14 @@ def any_pipe(request):
 def test_a_window_of_one_chunk_is_one_step_and_a_clean_pass(any_pipe, frames):
     plain = latents_of(any_pipe, frames, steps=1, schedule="sequential", clean_pass=True)
     assert_identical(latents_of(any_pipe, frames, steps=1, schedule="rolling_window"), plain)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_no_overlap(any_pipe, frames, steps):
+    plain = latents_of(any_pipe, frames, steps=steps, schedule="sequential", clean_pass=True)
+    knobs = dict(overlap_frames=0)
+    mine = latents_of(any_pipe, frames, steps=steps, schedule="knot_overlap", schedule_options=knobs)
+    assert_identical(mine, plain)
 
 
 def test_one_stage_is_one_step(any_pipe, frames):
