@@ -26,10 +26,12 @@ import sys
 import textwrap
 from typing import Any
 
+from streamdiff_core.config import PRESETS
 from streamdiff_core.inputs import INPUTS
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.prompt_fade import PromptFade
-from streamdiff_core.schedules import SCHEDULES
+from streamdiff_core.schedules import SCHEDULES, knobs_of
+from streamdiff_core.stream_options import StreamOptions, check_options
 
 SECTIONS = ("Paper", "Training-free", "Cost", "Look for", "Deviates")
 
@@ -170,6 +172,34 @@ def _field_docstrings(cls: type) -> dict[str, str]:
     return found
 
 
+def all_pairs() -> list[tuple[str, str, bool]]:
+    """Every (policy, schedule, clean pass); the pass only where the schedule has it to switch."""
+    return [
+        (policy, schedule, clean_pass)
+        for policy in sorted(POLICIES)
+        for schedule in sorted(SCHEDULES)
+        for clean_pass in (False, True)[: 1 + ("clean_pass" in knobs_of(SCHEDULES[schedule]))]
+    ]
+
+
+def refused_pairs(preset: str = "tiny", **options: Any) -> dict[str, list[tuple[str, str, bool]]]:
+    """Pairs that a stream with the preset's cache does not start with, by what it says.
+
+    Args:
+        options: fields of ``StreamOptions``, such as ``steps``.
+    """
+    found: dict[str, list[tuple[str, str, bool]]] = {}
+    p = PRESETS[preset]
+    for pair in all_pairs():
+        policy, schedule, clean_pass = pair
+        shared = dict(cache=p.cache, width=p.width, height=p.height) | options
+        try:
+            check_options(StreamOptions(policy=policy, schedule=schedule, clean_pass=clean_pass, **shared), p)
+        except ValueError as refusal:
+            found.setdefault(str(refusal), []).append(pair)
+    return found
+
+
 def as_markdown() -> str:
     """``docs/MECHANISMS.md``."""
     titles = {
@@ -191,6 +221,7 @@ def as_markdown() -> str:
             lines += ["", f"## {heading}", "", "| name | what it does | training-free | cost |", "|---|---|---|---|"]
             lines += [f"| [`{m.name}`](#{m.name}) | {m.title} | {m.training_free} | {m.cost} |" for m in available]
             lines += [line for m in available for line in _entry(m)]
+    lines += _pairs()
     lines += [
         "",
         "## Waiting for weights of their own",
@@ -204,6 +235,29 @@ def as_markdown() -> str:
         if not m.is_available
     ]
     return "\n".join(lines) + "\n"
+
+
+def _pairs() -> list[str]:
+    cache, total = PRESETS["tiny"].cache, len(all_pairs())
+    lines = [
+        "",
+        "## Every policy under every schedule",
+        "",
+        f"{total} pairs, with and without clean pass where there is one to switch. With the cache of `tiny` "
+        f"({cache.sink_frames} sink + {cache.window_frames} window frames,",
+        "chunks of 1) these are refused, with the sentence as it stands; all others stream.",
+        "",
+        "| steps | refused | which | why |",
+        "|---|---|---|---|",
+    ]
+    for steps in (1, 2, 4):
+        for reason, pairs in refused_pairs(steps=steps).items():
+            policies, schedules = ({pair[i] for pair in pairs} for i in (0, 1))
+            who = "every policy" if policies == set(POLICIES) else ", ".join(f"`{p}`" for p in sorted(policies))
+            lines.append(
+                f"| {steps} | {len(pairs)} | {who} × {', '.join(f'`{s}`' for s in sorted(schedules))} | {reason} |"
+            )
+    return lines
 
 
 def _entry(m: Mechanism) -> list[str]:

@@ -7,8 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from streamdiff_core.config import CacheConfig
 from streamdiff_core.kv_policies import POLICIES
-from streamdiff_core.mechanisms import INPUTS, SWITCH_RULES, WAITING, Knob, as_markdown, describe, list_mechanisms
+from streamdiff_core.mechanisms import (
+    INPUTS,
+    SWITCH_RULES,
+    WAITING,
+    Knob,
+    all_pairs,
+    as_markdown,
+    describe,
+    list_mechanisms,
+    refused_pairs,
+)
 from streamdiff_core.schedules import SCHEDULES
 
 KINDS = {"policy": POLICIES, "schedule": SCHEDULES, "input": INPUTS, "switch": SWITCH_RULES}
@@ -67,6 +78,21 @@ def test_each_says_what_a_reader_needs(kind, name):
     assert m.title.endswith(".") and m.paper and m.cost and m.look_for
     assert m.training_free.split()[0].strip(".,:") in ("yes", "runs", "no")
     assert all(knob.summary for knob in m.knobs), "each knob needs a docstring line"
+
+
+def test_pairs_that_are_refused():
+    """Sink 1 + window 3. A draft is shorter than its chunk; what is denoised together must fit window and policy."""
+    assert len(all_pairs()) == len(set(all_pairs())) == len(POLICIES) * (len(SCHEDULES) + 3)
+    by_steps = {}
+    for steps in (1, 2, 4):
+        refused = refused_pairs(steps=steps)
+        assert all(len(reason) > 20 and "\n" not in reason and reason.count("; ") <= 1 for reason in refused)
+        by_steps[steps] = sorted({pair[:2] for pairs in refused.values() for pair in pairs})
+    assert by_steps[1] == sorted([("deep_forcing", "knot_overlap"), *((p, "speculative") for p in POLICIES)])
+    assert by_steps[2] == [("deep_forcing", "knot_overlap"), ("deep_forcing", "rolling_window")]
+    assert by_steps[4] == sorted([("deep_forcing", "knot_overlap"), *((p, "rolling_window") for p in POLICIES)])
+    wide = CacheConfig(sink_frames=2, window_frames=9)
+    assert not refused_pairs(steps=2, cache=wide)
 
 
 def test_the_page_is_current():

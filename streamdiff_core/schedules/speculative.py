@@ -55,7 +55,9 @@ class Speculative:
         scorer: str = "motion",
     ) -> None:
         if not 1 <= draft_steps < num_steps:
-            raise ValueError(f"draft_steps must be at least 1 and below steps={num_steps}, got {draft_steps}")
+            raise ValueError(
+                f"draft_steps must be at least 1 and below steps={num_steps}, got {draft_steps}; raise steps"
+            )
         self.stepper, self.num_steps, self.clean_pass = stepper, num_steps, clean_pass
         self.draft_steps, self.threshold, self._score = draft_steps, threshold, get_scorer(scorer)
         self.num_cache_rows, self.num_in_flight = 2, 0

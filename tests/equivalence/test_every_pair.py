@@ -14,17 +14,12 @@ from random_pipeline import RANDOM_PRESET, moving_frames, random_pipeline, strea
 
 from streamdiff_core.config import CacheConfig
 from streamdiff_core.kv_policies import POLICIES
-from streamdiff_core.schedules import SCHEDULES, knobs_of
+from streamdiff_core.mechanisms import all_pairs
+from streamdiff_core.schedules import SCHEDULES
 
 pytestmark = pytest.mark.slow  # a few hundred short streams
 
 NUM_FRAMES = 61
-PAIRS = [
-    (policy, schedule, clean_pass)
-    for policy in sorted(POLICIES)
-    for schedule in sorted(SCHEDULES)
-    for clean_pass in (False, True)[: 1 + ("clean_pass" in knobs_of(SCHEDULES[schedule]))]
-]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +29,7 @@ def pipe():
     )
 
 
-@pytest.mark.parametrize("policy, schedule, clean_pass", PAIRS)
+@pytest.mark.parametrize("policy, schedule, clean_pass", all_pairs())
 def test_pair(pipe, policy, schedule, clean_pass):
     options = dict(policy=policy, schedule=schedule, clean_pass=clean_pass, steps=2)
     frames = moving_frames(NUM_FRAMES)

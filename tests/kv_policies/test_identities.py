@@ -7,6 +7,7 @@ import torch
 from random_pipeline import moving_frames, random_pipeline, record_latents
 
 from streamdiff_core.config import CacheConfig
+from streamdiff_core.kv_policies import POLICIES
 
 NUM_FRAMES = 57  # 15 latent frames: far more than a cache of 5
 
@@ -82,6 +83,11 @@ def test_until_something_happens(pipe, clip, case):
     expected = latents_of(pipe, clip, "sink", {}, plain, "sequential")
     assert all(torch.equal(a, b) for a, b in zip(got[:agree], expected[:agree], strict=True))
     assert not torch.allclose(got[agree], expected[agree], atol=1e-6)
+
+
+def test_none_is_left_out():
+    named = {case[0] for case in (*SAME.values(), *UNTIL.values())} | {"rolling_sink"}
+    assert named == set(POLICIES) - {"sink"}
 
 
 # The same keys in other slots are summed in another order, hence a tolerance.
