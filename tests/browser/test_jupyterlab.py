@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import socket
 import subprocess
@@ -59,15 +60,25 @@ def test_runs_and_redraws_when_a_slider_is_dragged(lab, open_page):
     assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'] pre").count() == 0
     assert page.locator(".jp-OutputArea-output:has-text('Traceback')").count() == 0
     slider = page.locator(".jp-Notebook .widget-slider .noUi-handle").first
-    slider.scroll_into_view_if_needed()
     figure = page.locator(".jp-OutputArea-child:has(.widget-slider) img").first
     before = figure.get_attribute("src")
-    box = slider.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    page.mouse.down()
-    page.mouse.move(box["x"] + 80, box["y"] + box["height"] / 2, steps=8)
-    page.mouse.up()
-    deadline = time.monotonic() + 30
-    while figure.get_attribute("src") == before:
+    deadline = time.monotonic() + 60
+    for offset_px in itertools.cycle([60, -60]):
+        drag(page, slider, offset_px)
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            if figure.get_attribute("src") != before:
+                return
+            page.wait_for_timeout(200)
         assert time.monotonic() < deadline, "the figure did not change"
-        page.wait_for_timeout(200)
+
+
+def drag(page, slider, offset_px: float) -> None:
+    """Move a slider's handle sideways; a figure that arrives late may move it away, so callers try again."""
+    slider.scroll_into_view_if_needed()
+    box = slider.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + offset_px, y, steps=8)
+    page.mouse.up()
