@@ -54,12 +54,14 @@ def plan(
 ) -> Tick:
     """The next tick: the longest run of most urgent ready streams that finishes before the first is late.
 
+    A first chunk that will be whole during the tick counts too, though it is not ready: a forward cannot be stopped.
     A stream that is late whatever happens does not hold the others back; it is served in its turn and its late
     frames are given up where newer ones wait. Urgency counts from the oldest waiting frame, or from the last
     service where that is earlier, so that no stream is passed over for long.
     """
     state, setting = choose_level(streams, model, state, now_s, options)
     ready = sorted((s for s in streams if is_ready(s, setting, options)), key=lambda s: urgency_of(s, setting, options))
+    arriving = [s for s in streams if s.is_fresh and s.arrivals_s and not is_ready(s, setting, options)]
     chosen: list[tuple[StreamView, Serve]] = []
     num_rows, first_due_s, took_ms = 0, math.inf, 0.0
     for stream in ready:
@@ -72,7 +74,8 @@ def plan(
         if now_s + tick_ms([serve], model) / 1e3 <= due_s:
             first_due_s = min(first_due_s, due_s)
         together_ms = tick_ms([*(s for _, s in chosen), serve], model)
-        if chosen and now_s + together_ms / 1e3 > first_due_s:
+        end_s = now_s + together_ms / 1e3
+        if chosen and (end_s > first_due_s or _keeps_waiting(arriving, model, setting, end_s, options)):
             break
         chosen.append((stream, serve))
         took_ms = together_ms
@@ -210,6 +213,17 @@ def _drop_late(stream: StreamView, serve: Serve, setting: Setting, end_s: float,
     oldest_s = end_s + lag_of(stream, setting, options) - stream.deadline_ms / 1e3
     num_late = sum(arrival_s < oldest_s for arrival_s in stream.arrivals_s)
     return replace(serve, num_dropped=min(num_late, len(stream.arrivals_s) - serve.num_taken))
+
+
+def _keeps_waiting(
+    arriving: Sequence[StreamView], model: LatencyModel, setting: Setting, end_s: float, options: PlannerOptions
+) -> bool:
+    """Whether a tick until ``end_s`` makes a first frame late whose chunk will be whole before that."""
+    return any(
+        ready_of(s, setting, options) < end_s
+        and end_s + tick_ms([serve_of(s, setting, options)], model) / 1e3 > due_of(s, setting, options)
+        for s in arriving
+    )
 
 
 def _delay_ms(stream: StreamView, model: LatencyModel, setting: Setting, options: PlannerOptions) -> float:

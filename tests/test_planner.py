@@ -115,6 +115,20 @@ def test_deadlines_are_kept_wherever_any_schedule_keeps_them(slack_ms, fixed_ms,
     assert not (feasible and late)
 
 
+def test_a_tick_ends_in_time_for_a_first_chunk_that_is_about_to_be_whole():
+    """fixed 10, unit 100 ms; four frames of five are there, the fifth comes in 50 ms: its two forwards of two latent
+    frames take 420 ms, so the machine has to be free 180 ms after the first frame, and a batch of two is not."""
+    model = model_of(10.0, 100.0)
+    others = [waiting(i, steps=1, deadline_ms=5000.0) for i in range(2)]
+    comes = waiting("new", num=4, fps=20.0, age_s=0.15, steps=2, is_fresh=True, ttff_deadline_ms=600.0)
+    assert len(plan(others, model, PlannerState(), 0.0, PLAIN).serves) == 2
+    assert len(plan([*others, comes], model, PlannerState(), 0.0, PLAIN).serves) == 1, "nobody idles for it either"
+    patient = replace(comes, ttff_deadline_ms=900.0)
+    assert len(plan([*others, patient], model, PlannerState(), 0.0, PLAIN).serves) == 2
+    later = replace(comes, fps=2.0)
+    assert len(plan([*others, later], model, PlannerState(), 0.0, PLAIN).serves) == 2, "whole after the tick"
+
+
 def test_a_batch_by_hand():
     """fixed 10, unit 20 ms; due after 55 and 60 ms: two together take 50, three would take 70 and be late."""
     streams = [waiting(i, age_s=0.5, steps=1, deadline_ms=500 + due) for i, due in enumerate((500, 60, 55))]
