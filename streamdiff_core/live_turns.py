@@ -70,14 +70,16 @@ class Turns:
             count = pipe.preset.vae.temporal_stride * session.options.latent_frames_per_chunk
             frames = np.full((count, session.options.height, session.options.width, 3), 128, np.uint8)
             session.push(frames[:1])
+            chunks_ms: list[float] = []
             for number in range(4 + session.options.steps):
                 if number == session.options.steps:  # cold until here
                     calls.clear()
+                    chunks_ms.clear()
                 start_s = time.perf_counter()
                 (result,) = self._lockstep.run([session.work(frames)])
                 if isinstance(result, Exception):
                     raise result
-            chunk_ms = 1e3 * (time.perf_counter() - start_s)
+                chunks_ms.append(1e3 * (time.perf_counter() - start_s))
         self.options = replace(self.options, temporal_stride=pipe.preset.vae.temporal_stride)
         seen = {stage for stage, *_ in calls}
         priors = prior_lines(pipe)
@@ -85,7 +87,7 @@ class Turns:
         self._observe = self.model.observe
         for call in calls:
             self.model.observe(*call)
-        return chunk_ms
+        return min(chunks_ms)  # what it takes, not what else the machine did just then
 
     def _forward(self, pipe: StreamPipeline, rows: Rows) -> list[Tensor]:
         self.rows.append(len(rows))
