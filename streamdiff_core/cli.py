@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo": demo_command,
         "serve": serve_command,
         "doctor": doctor_command,
+        "embed": embed_command,
         "presets": presets_command,
     }
     try:
@@ -227,6 +228,13 @@ def doctor_command(args: argparse.Namespace) -> int:
     else:
         print("\n".join(doctor.to_lines(report)))
     return 0 if report["ok"] else 1
+
+
+def embed_command(args: argparse.Namespace) -> int:
+    """Prompts through umT5, ahead of time."""
+    from streamdiff_core.cli_embed import run_embed
+
+    return run_embed(args)
 
 
 def presets_command(args: argparse.Namespace) -> int:

@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", parents=[common, model], help="serve streams to programs (WebSocket)"))
     doctor = commands.add_parser("doctor", parents=[common], help="check this installation and machine")
     doctor.set_defaults(command="doctor")
+    _add_embed(commands.add_parser("embed", parents=[common], help="compute prompts' embeddings ahead of time (umT5)"))
     presets = commands.add_parser("presets", parents=[common], help="list the presets")
     presets.set_defaults(command="presets")
     return parser
@@ -155,6 +156,16 @@ def _add_bench(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-eager", action="store_true", help="leave out the comparison with float32 eager")
     p.add_argument("--report", nargs="?", const="", metavar="PATH",
                    help="write Markdown (default benchmarks/results/PRESET_HARDWARE_YYYYMM.md)")  # fmt: skip
+
+
+def _add_embed(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(command="embed")
+    p.add_argument("prompts", metavar="PROMPT", nargs="*", help="a prompt that a full-size preset will be given")
+    p.add_argument(
+        "--preset", default="wan-1.3b", help="full-size preset (default %(default)s; all Wan sizes share one)"
+    )
+    p.add_argument("--file", metavar="FILE", help="more prompts: one a line, or the gallery's styles.json")
+    p.add_argument("-o", "--output", metavar="FILE", help="also write all of them into one .safetensors to ship")
 
 
 def _add_demo(p: argparse.ArgumentParser) -> None:

@@ -214,8 +214,6 @@ class WeightSource:
     """Repository of the VAE, the text encoder and its tokenizer (the same for all sizes of Wan2.1)."""
     raw_latents: bool = False
     """Whether the transformer reads the VAE's means without normalisation (StreamDiffusionV2, SPEC §5.2)."""
-    gpu_memory_gb: float = 16.0
-    """GPU memory that 480p with two steps needs in bfloat16: weights, cache, VAE, room to work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -308,8 +306,7 @@ PRESETS: dict[str, Preset] = {
         cache=CacheConfig(positions="wrap", adaptive_sink="released"),
         schedule=ScheduleConfig(default_steps=1),
         source=WeightSource(
-            repo="jerryfeng/StreamDiffusionV2", file="wan_causal_dmd_v2v_14b/model.pt", raw_latents=True,
-            gpu_memory_gb=48.0,
+            repo="jerryfeng/StreamDiffusionV2", file="wan_causal_dmd_v2v_14b/model.pt", raw_latents=True
         ),
     ),
     "causvid-1.3b": Preset(

@@ -16,6 +16,7 @@ from streamdiff_core.bench_frames import FrameLoop, moving_frames
 from streamdiff_core.config import PRESETS, Preset
 from streamdiff_core.forecast import forecast, machine_of, work_of
 from streamdiff_core.machine import machine_facts
+from streamdiff_core.memory_need import memory_need, ways_to_fit
 from streamdiff_core.pipeline import ASSETS, StreamPipeline
 from streamdiff_core.random_weights import random_pipeline
 from streamdiff_core.types import CheckpointError
@@ -110,14 +111,16 @@ def check_sample() -> str:
 
 
 def judge_preset(preset: Preset, facts: dict[str, Any]) -> str:
-    """Whether a full-size preset could run here, and how fast; raises with what it needs when it could not."""
-    source = preset.source
-    needs = source.gpu_memory_gb
-    roomy = [gpu for gpu in facts["gpus"] if gpu["memory_gb"] >= needs]
-    if roomy:
-        weights = f"weights come from {source.repo} on first use"
-        return f"the GPU is large enough ({needs:.0f} GB); {predict_speed(preset, roomy[0]['name'])}; {weights}"
-    raise ValueError(f"needs a GPU with {needs:.0f} GB, and its weights from {source.repo}")
+    """Whether a full-size preset could run here, how, and how fast; raises with what it needs when it could not."""
+    need = memory_need(preset)
+    largest = max(facts["gpus"], key=lambda gpu: gpu["memory_gb"], default=None)
+    ways = ways_to_fit(preset, 1e9 * largest["memory_gb"]) if largest else []
+    weights = f"weights come from {preset.source.repo} on first use"
+    if largest and need.total_bytes <= 1e9 * largest["memory_gb"]:
+        return f"the GPU is large enough for {need}; {predict_speed(preset, largest['name'])}; {weights}"
+    if ways:
+        return f"needs a GPU with {need}, runs here with {', or '.join(ways)}; {weights}"
+    raise ValueError(f"needs a GPU with {need}, and its weights from {preset.source.repo}")
 
 
 def predict_speed(preset: Preset, gpu_name: str) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 from streamdiff_core.config import Preset
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.hub import RemoteFile, download, look_up
+from streamdiff_core.memory_need import memory_need, ways_to_fit
 from streamdiff_core.parallel.stage import StagePart
 from streamdiff_core.taehv import TAEHV, published_weights
 from streamdiff_core.types import CheckpointError
@@ -26,8 +27,12 @@ from streamdiff_core.weights import load_checkpoint, load_wan_vae
 logger = logging.getLogger(__name__)
 
 EMBEDDINGS = Path.home() / ".cache" / "streamdiff" / "prompts"
+SHIPPED = Path(__file__).parent / "assets" / "umt5" / "prompts.safetensors"
+"""Embeddings that come with the package, made by ``streamdiff embed --output``; not made yet: that takes umT5."""
 TEXT_FOLDERS = ("tokenizer/", "text_encoder/")
 VAE_FOLDER = "vae/"
+SMALLEST_SIZE = (256, 256)
+"""Picture for which a preset is refused when not even that fits."""
 
 
 def load_modules(
@@ -38,6 +43,7 @@ def load_modules(
     device_was_named: bool,
     weights: str | Path | None = None,
     vae: str | Path = "wan",
+    quantisation: str | None = None,
     part: StagePart | None = None,
 ) -> tuple[CausalWanTransformer, nn.Module, UMT5Encoder]:
     """Transformer, VAE and text encoder of a full-size preset.
@@ -49,13 +55,14 @@ def load_modules(
         device_was_named: a CPU is taken only when the caller asked for it.
         weights: checkpoint of the transformer to load instead of the published one.
         vae: ``wan``, or the file of a TAEHV (``taew2_1.pth``): faster, a little softer.
+        quantisation: what the caller will do to the weights, so that memory is judged rightly.
         part: one pipeline stage's part of the transformer; the rest is not loaded.
 
     Raises:
         CheckpointError: not enough memory or disk, no connection, or a file that does not fit; says what to do.
     """
     if part is None:
-        check_memory(preset, device, device_was_named)
+        check_memory(preset, device, device_was_named, quantisation=quantisation, vae=str(vae))
     source = preset.source
     checkpoint = Path(weights) if weights else _fetch(source.repo, [source.file])[source.file]
     transformer = empty_transformer(preset, dtype)
@@ -67,25 +74,37 @@ def load_modules(
     return transformer.to(device), load_vae(preset, vae, dtype).to(device), text_encoder(preset, device)
 
 
-def check_memory(preset: Preset, device: torch.device, device_was_named: bool) -> None:
-    """Say before the download that it will not run here.
+def check_memory(preset: Preset, device: torch.device, device_was_named: bool, **chosen: Any) -> None:
+    """Say before the download that it will not run here, or with which settings it will.
+
+    Args:
+        chosen: ``quantisation`` and ``vae``; steps and size are chosen later, by ``start``.
 
     Raises:
-        CheckpointError: no GPU, or too little free memory on it; names both and the ways out.
+        CheckpointError: no GPU, or too little free memory for even one step of a small picture; names the ways out.
     """
-    needs = preset.source.gpu_memory_gb
+    usual = memory_need(preset, **chosen)
     if device.type == "cpu" and not device_was_named:
         raise CheckpointError(
-            f"preset {preset.name!r} needs a GPU with {needs:.0f} GB and torch sees none; use 'tiny', which runs on a "
-            "CPU, or name device='cpu' to run it minutes per frame"
+            f"preset {preset.name!r} needs a GPU with {usual.total_bytes / 1e9:.0f} GB and torch sees none; use "
+            "'tiny', which runs on a CPU, or name device='cpu' to run it minutes per frame"
         )
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] / 1e9
-        if free < needs:
+        free = torch.cuda.mem_get_info(device)[0]
+        least = memory_need(preset, steps=1, size=SMALLEST_SIZE, **chosen)
+        ways = ways_to_fit(preset, free, **chosen)
+        if least.total_bytes > free:
             raise CheckpointError(
-                f"preset {preset.name!r} needs {needs:.0f} GB of GPU memory at 480p, {free:.1f} GB are free; try "
-                "quantisation='int8', a TAEHV as vae, a smaller width and height, or preset 'tiny'"
+                f"preset {preset.name!r} needs {least} of GPU memory even for one step at "
+                f"{'x'.join(map(str, SMALLEST_SIZE))}, {free / 1e9:.1f} GB are free; use "
+                f"{', or '.join([*ways, 'preset tiny'])}"
             )
+        if usual.total_bytes > free:
+            logger.warning(
+                "preset %r with %d steps at %dx%d needs %s of GPU memory, %.1f GB are free; what fits: %s",
+                preset.name, preset.schedule.default_steps, preset.width, preset.height, usual, free / 1e9,
+                ", or ".join(ways) or "a smaller size",
+            )  # fmt: skip
 
 
 def empty_transformer(preset: Preset, dtype: torch.dtype) -> CausalWanTransformer:
@@ -110,7 +129,7 @@ def load_vae(preset: Preset, vae: str | Path, dtype: torch.dtype) -> nn.Module:
 
 
 def text_encoder(preset: Preset, device: torch.device) -> UMT5Encoder:
-    """umT5; its 11 GB are downloaded when the first prompt is not on disk."""
+    """umT5; its 11 GB are downloaded when a prompt is neither shipped nor on disk."""
 
     def load() -> tuple[Any, Any]:
         from transformers import AutoTokenizer, UMT5EncoderModel
@@ -120,7 +139,9 @@ def text_encoder(preset: Preset, device: torch.device) -> UMT5Encoder:
         tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer")
         return tokenizer, UMT5EncoderModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.bfloat16)
 
-    return UMT5Encoder(load, EMBEDDINGS, name=preset.source.base, text_len=preset.model.text_len, device=device)
+    return UMT5Encoder(
+        load, EMBEDDINGS, name=preset.source.base, text_len=preset.model.text_len, device=device, shipped=SHIPPED
+    )
 
 
 def _fetch(repo: str, names: Sequence[str]) -> dict[str, Path]:

@@ -24,6 +24,7 @@ from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.engine import Engine
 from streamdiff_core.full_size import load_modules
 from streamdiff_core.lora import merge_lora
+from streamdiff_core.memory_need import PROMPT_BYTES
 from streamdiff_core.parallel.stage import StagePart
 from streamdiff_core.quantise import quantise
 from streamdiff_core.session import StreamSession
@@ -82,7 +83,7 @@ class StreamPipeline:
             CheckpointError: weights missing, not fitting, or too large for this machine.
         """
         preset = get_preset(name)
-        modules = load_preset(preset, device=device, dtype=dtype, weights=weights, vae=vae)
+        modules = load_preset(preset, device=device, dtype=dtype, weights=weights, vae=vae, quantisation=quantisation)
         for source, strength in (lora or {}).items():
             logger.info("%s", merge_lora(modules[0], source, strength))
         pipe = cls.from_modules(preset, *modules)
@@ -157,7 +158,7 @@ class StreamPipeline:
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: Prompt) -> PromptContext:
-        """Cross-attention keys and values of a prompt or a weighted mix; the latest 64 are kept.
+        """Cross-attention keys and values of a prompt or a weighted mix; the latest are kept (64, or 1 GB).
 
         Raises:
             ValueError: an empty mix or weights that do not add up to something positive.
@@ -174,9 +175,13 @@ class StreamPipeline:
             share = torch.tensor(list(weights.values()), device=tokens.device, dtype=tokens.dtype) / total
             mixed = (tokens * share[:, None, None]).sum(0, keepdim=True)
             self._prompts[key] = self.engine.encode_prompt(mixed)
-            while len(self._prompts) > NUM_CACHED_PROMPTS:
+            while len(self._prompts) > self._num_prompts_kept(self._prompts[key]):
                 self._prompts.popitem(last=False)
         return self._prompts[key]
+
+    def _num_prompts_kept(self, prompt: Any) -> int:
+        """A prompt of the 14B model holds 0.4 GB on the GPU, so there is room for few of them."""
+        return max(1, min(NUM_CACHED_PROMPTS, PROMPT_BYTES // max(1, prompt.nbytes)))
 
     @cached_property
     def model_sha256(self) -> str:
@@ -195,6 +200,7 @@ def load_preset(
     dtype: str,
     weights: str | Path | None = None,
     vae: str | Path = "wan",
+    quantisation: str | None = None,
     part: StagePart | None = None,
 ) -> tuple[CausalWanTransformer, nn.Module, Any]:
     """Transformer (or one pipeline stage's part of it), VAE and text encoder; arguments as for ``from_preset``."""
@@ -202,7 +208,16 @@ def load_preset(
     number = pick_dtype(dtype, place)
     if not preset.bundled:
         named = device != "auto"
-        return load_modules(preset, place, number, device_was_named=named, weights=weights, vae=vae, part=part)
+        return load_modules(
+            preset,
+            place,
+            number,
+            device_was_named=named,
+            weights=weights,
+            vae=vae,
+            quantisation=quantisation,
+            part=part,
+        )
     folder = Path(weights) if weights else ASSETS / preset.name
     with torch.device("meta"):  # no time spent on random weights that are overwritten at once
         transformer, small_vae, text = (

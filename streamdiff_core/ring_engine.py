@@ -38,6 +38,11 @@ class RingPrompt:
     embedded: Tensor
     """[1, text_len, D]."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held here."""
+        return self.embedded.numel() * self.embedded.element_size()
+
 
 class Ticket:
     """A forward under way."""

@@ -2,8 +2,9 @@
 
 It is the largest thing in the installation (11 GB in bfloat16) and needed once per prompt; upstream keeps it on every
 GPU. Here embeddings are kept on disk, one small file per prompt, and the encoder comes through transformers, on the CPU
-unless told otherwise. Cleaning and padding are Wan's (SPEC §1.9): ftfy, double HTML unescape, white space collapsed,
-512 tokens, zero beyond the prompt's length.
+unless told otherwise. One more file, made by ``export``, may come with the package: prompts in it never need the
+encoder. Cleaning and padding are Wan's (SPEC §1.9): ftfy, double HTML unescape, white space collapsed, 512 tokens, zero
+beyond the prompt's length.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,14 @@ class UMT5Encoder:
     """``TextEncoder`` that keeps embeddings on disk instead of the encoder in memory."""
 
     def __init__(
-        self, load: Load, folder: Path, *, name: str, text_len: int = 512, device: torch.device | str = "cpu"
+        self,
+        load: Load,
+        folder: Path,
+        *,
+        name: str,
+        text_len: int = 512,
+        device: torch.device | str = "cpu",
+        shipped: Path | None = None,
     ) -> None:
         """
         Args:
@@ -43,8 +52,10 @@ class UMT5Encoder:
             name: of the encoder's weights; embeddings of different weights never mix.
             text_len: tokens after padding.
             device: where embeddings are wanted.
+            shipped: file of ``export``, asked first; need not be there.
         """
         self.load, self.folder, self.name, self.text_len, self.device = load, folder, name, text_len, device
+        self.shipped = shipped
 
     def to(self, device: torch.device | str) -> UMT5Encoder:
         """Hand out embeddings there; the encoder itself stays where ``load`` puts it."""
@@ -53,24 +64,40 @@ class UMT5Encoder:
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> [B, text_len, text_dim], float32, zero beyond each prompt's length."""
+        found = self.embed(prompts)
+        rows = [found[clean_prompt(p)].float() for p in prompts]
+        return torch.stack([F.pad(x, (0, 0, 0, self.text_len - len(x))) for x in rows]).to(self.device)
+
+    def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Cleaned prompts -> tokens [length, text_dim] bfloat16: read, or computed and kept."""
         cleaned = [clean_prompt(p) for p in prompts]
         known = {p: self._read(p) for p in cleaned}
         missing = [p for p, rows in known.items() if rows is None]
-        if missing:
-            known |= self._compute(missing)
-        padded = [torch.nn.functional.pad(known[p].float(), (0, 0, 0, self.text_len - len(known[p]))) for p in cleaned]
-        return torch.stack(padded).to(self.device)
+        return known | (self._compute(missing) if missing else {})
+
+    def export(self, prompts: Sequence[str], path: Path) -> None:
+        """Write all these prompts into one file that another installation can have as its ``shipped``."""
+        found = self.embed(prompts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = {f"prompt {i}": prompt for i, prompt in enumerate(found)}
+        _save({self._key(p): rows for p, rows in found.items()}, path, names | {"encoder": self.name})
 
     def file_of(self, cleaned: str) -> Path:
         """Where the embedding of a cleaned prompt is kept."""
-        key = hashlib.sha256(f"{self.name}\n{self.text_len}\n{cleaned}".encode()).hexdigest()
-        return self.folder / f"{key[:32]}.safetensors"
+        return self.folder / f"{self._key(cleaned)}.safetensors"
+
+    def _key(self, cleaned: str) -> str:
+        return hashlib.sha256(f"{self.name}\n{self.text_len}\n{cleaned}".encode()).hexdigest()[:32]
 
     def _read(self, cleaned: str) -> Tensor | None:
-        try:
-            return load_file(self.file_of(cleaned))["tokens"]
-        except (FileNotFoundError, SafetensorError, KeyError):  # absent or damaged: compute it again
-            return None
+        places = [(self.shipped, self._key(cleaned))] if self.shipped else []
+        for path, key in (*places, (self.file_of(cleaned), "tokens")):
+            try:
+                with safe_open(path, "pt") as file:
+                    return file.get_tensor(key)
+            except (FileNotFoundError, SafetensorError):  # absent or damaged: look further, then compute it again
+                continue
+        return None
 
     @torch.inference_mode()
     def _compute(self, cleaned: list[str]) -> dict[str, Tensor]:
@@ -97,10 +124,14 @@ class UMT5Encoder:
 
     def _write(self, prompt: str, rows: Tensor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.file_of(prompt)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file({"tokens": rows}, partial, {"prompt": prompt, "encoder": self.name})
-        os.replace(partial, path)
+        _save({"tokens": rows}, self.file_of(prompt), {"prompt": prompt, "encoder": self.name})
+
+
+def _save(tensors: dict[str, Tensor], path: Path, facts: dict[str, str]) -> None:
+    """A whole file or none."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, partial, facts)
+    os.replace(partial, path)
 
 
 def clean_prompt(text: str) -> str:

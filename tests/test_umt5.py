@@ -88,6 +88,31 @@ def test_embeddings_of_other_weights_or_lengths_are_not_used(text, tmp_path, loa
     assert len(loads) == 3
 
 
+def test_repeated_prompts_give_as_many_rows(text):
+    assert torch.equal(*text.encode(["one", "one "]))
+
+
+def test_shipped_embeddings_come_first_and_need_no_encoder(text, tmp_path, loads):
+    """Exported here, shipped there: not loaded, nothing written, unknown prompts still computed."""
+    expected = text.encode(["a red boat", "one"])
+    text.export(["a  red boat", "one"], tmp_path / "there" / "prompts.safetensors")
+    assert len(loads) == 1
+    other = UMT5Encoder(
+        text.load, tmp_path / "cache", name="test", text_len=12, shipped=tmp_path / "there" / "prompts.safetensors"
+    )
+    assert torch.equal(other.encode(["a red boat", "one"]), expected)
+    assert len(loads) == 1 and not other.folder.exists()
+    other.encode(["one", "two"])
+    assert len(loads) == 2 and len(list(other.folder.iterdir())) == 1
+    other.name = "other weights"
+    other.encode(["one"])
+    assert len(loads) == 3, "embeddings of other weights are not used, shipped or not"
+    other.shipped.write_bytes(b"half")
+    other.name = "test"
+    assert torch.equal(other.encode(["one"]), expected[1:])
+    assert len(loads) == 4
+
+
 def test_damaged_file_is_computed_again(text, loads):
     whole = text.encode(["one"])
     text.file_of("one").write_bytes(b"half")

@@ -28,6 +28,7 @@ from streamdiff_core.dit import Block, CausalWanTransformer, Tokens
 from streamdiff_core.flow import x0_from_velocity
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import make_policy
+from streamdiff_core.memory_need import PROMPT_BYTES
 from streamdiff_core.parallel.block_scheduler import RankTimes, Split, layer_ranges, moves
 from streamdiff_core.parallel.links import Links
 from streamdiff_core.timing import StageTimer
@@ -157,6 +158,7 @@ class Stage:
             Message for the next stage [N]; on the last stage x0 [B, F, C, h, w], or None if nobody wants it.
         """
         prompts = [self._context(slot) for slot in batch.prompts]
+        self._forget_contexts(batch.prompts)
         rows = zip(batch.caches, batch.cache_rows, batch.frame_ids, batch.descriptors, prompts, strict=True)
         timestep = torch.tensor(
             batch.timesteps,
@@ -213,6 +215,12 @@ class Stage:
             pairs = [block.cross_attn.project_prompt(self._embedded[slot]) for block in self.transformer.blocks]
             self._contexts[slot] = PromptContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
         return self._contexts[slot]
+
+    def _forget_contexts(self, used: Sequence[int]) -> None:
+        """Make room: what was projected first goes first, and is projected again should it be needed."""
+        most = PROMPT_BYTES // max(1, self._contexts[used[0]].nbytes)
+        for slot in [s for s in self._contexts if s not in used][: max(0, len(self._contexts) - most)]:
+            del self._contexts[slot]
 
     def new_cache(
         self, number: int, policy: str, config: dict[str, Any], options: dict[str, Any], num_rows: int, tokens: int
