@@ -32,8 +32,10 @@ from torch.testing import assert_close
 from streamdiff_core import StreamPipeline
 from streamdiff_core.config import CacheConfig, get_preset
 from streamdiff_core.kv_policies import POLICIES
+from streamdiff_core.parallel import stage
 from streamdiff_core.parallel.block_scheduler import even_split
 from streamdiff_core.pipeline import load_preset
+from streamdiff_core.ring_engine import MAX_PROMPTS
 from streamdiff_core.schedules import SCHEDULES
 
 TOLERANCE = dict(rtol=0, atol=1e-9)
@@ -184,8 +186,10 @@ def test_prompt_switches_travel_with_the_chunks(frames, switch, schedule):
         assert_close_streams(watch(pipe.start("pencil", **options), switch=switch, frames=frames), one)
 
 
-def test_more_prompts_than_the_ranks_remember(frames):
+@pytest.mark.parametrize("prompt_bytes", [stage.PROMPT_BYTES, 1], ids=["room for all", "room for those in use"])
+def test_more_prompts_than_the_ranks_remember(frames, monkeypatch, prompt_bytes):
     """A new prompt for every chunk, twice round: numbers are given again while old prompts are still under way."""
+    monkeypatch.setattr(stage, "PROMPT_BYTES", prompt_bytes)
 
     def run(session):
         latents = record_latents(session)
@@ -198,6 +202,7 @@ def test_more_prompts_than_the_ranks_remember(frames):
     one = run(random_pipeline(PRESET).start("pencil", steps=3))
     with ring(3) as pipe:
         several = run(pipe.start("pencil", steps=3))
+        assert len(pipe.engine.stage._contexts) == (1 if prompt_bytes == 1 else MAX_PROMPTS)  # last tick: one row
     assert len(one) == len(several) == 40
     for a, b in zip(several, one, strict=True):
         assert_close(a, b, **TOLERANCE)
