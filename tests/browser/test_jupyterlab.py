@@ -52,10 +52,12 @@ def test_runs_and_redraws_when_a_slider_is_dragged(lab, open_page):
     page = open_page(f"{lab}/tree/{NOTEBOOK}", wait=False)
     page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+    idle = "() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
+    page.wait_for_function(idle, timeout=60_000)  # run without a kernel, it would ask which one
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     page.wait_for_selector(".jp-Notebook .widget-slider .noUi-handle", timeout=RUN_S * 1000)
-    idle = "() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
     page.wait_for_function(idle, timeout=RUN_S * 1000)
     assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'] pre").count() == 0
     assert page.locator(".jp-OutputArea-output:has-text('Traceback')").count() == 0
