@@ -8,6 +8,7 @@ report (`compare_report`). Memory is that of one session and one frame of every 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -202,6 +203,7 @@ def measure(
     base, options = comparison.base, comparison.base.options
     finished = [cell for cell in cells if not cell.error]
     scorers = {cell.label: CellScorer(**told) for cell in finished}
+    digests = {cell.label: hashlib.sha256() for cell in finished}
     motion, size, names = InputMotion(), (options.width, options.height), [(c.label, c.error) for c in cells]
     sheet, grid = ContactSheet(names, base.num_frames, base.fps, size), Grid(names, size)
     with ExitStack() as stack:
@@ -213,12 +215,14 @@ def measure(
             motion.update(small)
             by_label = {cell.label: output for cell, output in zip(finished, outputs, strict=True)}
             for label, output in by_label.items():
+                digests[label].update(output.tobytes())
                 scores.add(label, index, scorers[label].update(motion, output))
             writer.write(grid.draw(small, by_label)[None])
             sheet.add(index, small, by_label)
             yield index
     for cell in finished:
         cell.summary = summarise(scores.rows[cell.label], base.fps)
+        cell.pictures_sha256 = digests[cell.label].hexdigest()
     draw_curves(folder / CURVES_NAME, scores.rows, base.fps)
     sheet.save(folder / SHEET_NAME, f"“{prompt_text(base.prompt)}”")
     pictures = {"grid": folder / GRID_NAME, "sheet": folder / SHEET_NAME, "curves": folder / CURVES_NAME}

@@ -127,6 +127,8 @@ class ContactSheet:
 def draw_curves(path: Path, rows: Mapping[str, Sequence[Mapping[str, float]]], fps: float) -> None:
     """One panel per figure over time, one line per cell, each the mean of half a second; PNG.
 
+    Later lines are thinner, so that one that lies on another does not hide it.
+
     Args:
         rows: per cell label the figures of every frame.
 
@@ -147,7 +149,8 @@ def draw_curves(path: Path, rows: Mapping[str, Sequence[Mapping[str, float]]], f
     for panel, figure in zip(panels, figures, strict=False):
         for number, cell in enumerate(rows.values()):
             values = running_mean([row.get(figure.name, math.nan) for row in cell], span)
-            style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":", "-.")[number // 10 % 4], linewidth=1.3)
+            width = 1 + 2.5 * (1 - number / max(1, len(rows) - 1))
+            style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":", "-.")[number // 10 % 4], linewidth=width)
             panel.plot(np.arange(len(values)) / fps, values, **style)
         panel.set_title(figure.title, fontsize=11, loc="left")
         panel.set_ylabel(figure.unit, fontsize=8)

@@ -92,6 +92,8 @@ class Cell:
     """Whether it was made by an earlier run."""
     summary: dict[str, float] = field(default_factory=dict)
     """Figures over the whole clip."""
+    pictures_sha256: str = ""
+    """Of all its frames; empty until they were played."""
 
 
 def plan(

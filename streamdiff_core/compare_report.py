@@ -9,9 +9,11 @@ import base64
 import csv
 import html
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from streamdiff_core import __version__
 from streamdiff_core.compare_plan import Cell, Comparison
@@ -31,7 +33,8 @@ p { margin: .25rem 0; } .faint, figcaption { color: var(--faint); } .failed { co
 video, img { max-width: 100%; height: auto; border-radius: 6px; background: #fff; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th small { display: block; font-weight: 400; color: var(--faint); }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
+.scroll img { min-width: 640px; } th small { display: block; font-weight: 400; color: var(--faint); }
 td.best { background: var(--best); font-weight: 600; } td.reason { text-align: left; white-space: normal; }
 dt { font-weight: 600; } dd { margin: 0 0 .4rem; } code, pre { font-size: .9em; } pre { overflow-x: auto; }
 """
@@ -71,11 +74,12 @@ def write_report(
     prompts = " → ".join(map(prompt_text, [base.prompt, *(e.prompt for e in base.events if hasattr(e, "prompt"))]))
     varied = "; ".join(f"{name}: {', '.join(map(show_value, values))}" for name, values in comparison.vary.items())
     fixed = ", ".join(f"{name}={show_value(value)}" for name, value in comparison.settings.items())
+    otherwise = ", ".join(f"{name}={show_value(value)}" for name, value in _untouched(comparison).items())
     seed = "varied" if "seed" in comparison.vary else comparison.settings.get("seed", base.options.seed)
     facts = {
         "Prompt": f"“{prompts}”",
         "Varied": varied,
-        "Fixed": fixed or "the preset's own settings",
+        "Fixed": f"{fixed}; else {otherwise}" if fixed else f"the preset's own settings: {otherwise}",
         "Input": f"{base.input}, {base.num_frames} frames at {base.fps:g} per second, "
                  f"{base.options.width}×{base.options.height}",
         "Noise": f"the same in all cells, seed {seed}" if seed != "varied" else "seeds differ, as asked for",
@@ -92,13 +96,13 @@ def write_report(
         + (f', <span class="failed">{len(failed)} failed</span>' if failed else "") + "</p>",
         "<dl>", *(f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items()), "</dl>",
         "<h2>Side by side</h2>", _video(grid),
-        "<h2>Figures over the whole clip</h2>", _table(cells, figures),
+        "<h2>Figures over the whole clip</h2>", _table(cells, figures), *_remarks(cells),
         "<h2>Over time</h2>", _picture(curves, "Curves of every figure over time; each the mean of half a second"),
         "<h2>Moments</h2>", _picture(sheet, "Six moments of the input and of every cell"),
         "<h2>How it was measured</h2>",
         "<dl>", *(f"<dt>{f.title}, {f.unit}</dt><dd>{html.escape(f.meaning)}</dd>" for f in figures), "</dl>",
         "<h2>Make it again</h2>",
-        f"<pre>streamdiff compare --recipe {path.with_name('recipe.json').name} -o again/</pre>",
+        f"<pre>streamdiff compare {html.escape(shlex.quote(base.input))} --recipe recipe.json -o again/</pre>",
         "<p class='faint'>Every frame's figures: scores.csv.</p></body></html>",
     ])  # fmt: skip
     path.write_text(text + "\n", encoding="utf-8")
@@ -123,6 +127,25 @@ def _table(cells: Sequence[Cell], figures: Sequence[Figure]) -> str:
     return "\n".join([*lines, "</tbody></table></div>"])
 
 
+def _untouched(comparison: Comparison) -> dict[str, Any]:
+    """Options that a reader asks for first, as far as the comparison leaves them to the preset."""
+    o, set_here = comparison.base.options, {*comparison.vary, *comparison.settings}
+    values = {name: getattr(o, name) for name in ("steps", "schedule", "policy", "clean_pass", "noise_scale")}
+    values |= {name: getattr(o.cache, name) for name in ("sink_frames", "window_frames", "positions")}
+    return {name: value for name, value in values.items() if name not in set_here}
+
+
+def _remarks(cells: Sequence[Cell]) -> list[str]:
+    """How to read the table, and which cells cannot be told apart."""
+    groups: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.pictures_sha256:
+            groups.setdefault(cell.pictures_sha256, []).append(cell.label)
+    same = [f"Same pictures, bit for bit: {' and '.join(labels)}." for labels in groups.values() if len(labels) > 1]
+    texts = ["Shaded: the best of a column, however small its lead.", *same]
+    return [f'<p class="faint">{html.escape(text)}</p>' for text in texts]
+
+
 def _best(figure: Figure, cells: Sequence[Cell]) -> str | None:
     """The number to mark, as it is shown; None where nothing is better or all cells show the same."""
     cost = {"low": lambda v: v, "high": lambda v: -v, "one": lambda v: abs(v - 1)}.get(figure.better)
@@ -133,7 +156,8 @@ def _best(figure: Figure, cells: Sequence[Cell]) -> str | None:
 
 
 def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    """Three digits, so that a column lines up: 0.520, 13.0, 1,204."""
+    return "–" if math.isnan(value) else f"{value:#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def _video(path: Path) -> str:
@@ -143,7 +167,7 @@ def _video(path: Path) -> str:
 
 
 def _picture(path: Path, text: str) -> str:
-    return f'<img src="{_data(path, "image/png")}" alt="{html.escape(text)}">'
+    return f'<div class="scroll"><img src="{_data(path, "image/png")}" alt="{html.escape(text)}"></div>'
 
 
 def _data(path: Path, kind: str) -> str:

@@ -172,6 +172,20 @@ def test_page_needs_nothing_but_itself(made: CompareResult) -> None:
         assert np.asarray(Image.open(made.folder / name).convert("L")).std() > 10
 
 
+def test_page_says_how_it_was_made_and_what_cannot_be_told_apart(
+    pipe: StreamPipeline, clip: Path, tmp_path: Path
+) -> None:
+    """A decay of 1 is the static sink; every number has three digits."""
+    vary = {"policy": ["sink", "ema_sink", "sliding_window"]}
+    run_all(compare(pipe, planned(pipe, clip, vary, settings={"ema_sink.decay": 1.0}), clip, tmp_path / "out"))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Same pictures, bit for bit: policy=sink and policy=ema_sink.<" in page
+    assert "ema_sink.decay=1.0; else steps=2, schedule=stream_batch, clean_pass=false, noise_scale=" in page
+    assert f"<pre>streamdiff compare {clip.name} --recipe recipe.json -o again/</pre>" in page
+    numbers = re.findall(r"<td(?: class=best)?>(-?[\d.,]+)</td>", page)
+    assert len(numbers) >= 12 and all(len(re.sub(r"\D", "", number)) >= 3 for number in numbers)
+
+
 def test_large_grid_is_linked_not_embedded(
     pipe: StreamPipeline, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
