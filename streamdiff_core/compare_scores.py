@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamdiff_core.drift import DriftMeter
-from streamdiff_core.metrics import FlowPair, estimate_flow, flicker, sharpness, warp_error
+from streamdiff_core.metrics import FlowPair, estimate_flow, estimate_forward_flow, flicker, sharpness, warp_error
 from streamdiff_core.recipe import Recipe
 from streamdiff_core.stream_options import Prompt
 from streamdiff_core.training.prompts import DEFAULT_PROMPTS, WORDS, normalise
@@ -72,12 +72,19 @@ class InputMotion:
         """The one before; None at the first."""
         self.flow: FlowPair | None = None
         """Between the two."""
+        self._meant: dict[str, np.ndarray] = {}
 
     def update(self, frame: np.ndarray) -> None:
         """Take in the next frame."""
-        self.before, self.now = self.now, frame
+        self.before, self.now, self._meant = self.now, frame, {}
         if self.before is not None:
             (self.flow,) = estimate_flow(np.stack([self.before, self.now]))
+
+    def meant(self, style: str) -> np.ndarray:
+        """What a style's filter makes of the latest frame, float32 [H, W, 3] in grey levels; once for all cells."""
+        if style not in self._meant:
+            self._meant[style] = apply_style(style, self.now[None])[0].astype(np.float32)
+        return self._meant[style]
 
 
 class CellScorer:
@@ -115,8 +122,7 @@ class CellScorer:
             values["warp_error_levels"] = warp_error(outputs, inputs, [motion.flow])
             values["motion_kept"] = motion_kept(outputs, motion.flow)
         if self._style:
-            meant = apply_style(self._style, motion.now[None])[0].astype(np.float32)
-            values["style_distance_levels"] = float(np.sqrt(np.square(output - meant).mean()))
+            values["style_distance_levels"] = float(np.sqrt(np.square(output - motion.meant(self._style)).mean()))
         if self._judge:
             values["clip_score"] = self._judge(output, self._prompt)
         self._before = output
@@ -130,7 +136,7 @@ def motion_kept(outputs: np.ndarray, flow: FlowPair) -> float:
 
     Source: ours; a texture that does not follow the object lowers it, as does a frozen output.
     """
-    meant, (shown, _) = flow[0], estimate_flow(outputs)[0]
+    meant, (shown,) = flow[0], estimate_forward_flow(outputs)
     moves = np.linalg.norm(meant, axis=-1) >= MOVING_PX
     if not moves.any():
         return float("nan")

@@ -71,11 +71,16 @@ def estimate_flow(source: np.ndarray) -> list[FlowPair]:
     The published figures use RAFT-large; DIS needs no weights and runs on a CPU. Another estimator's flow can
     be handed to the warp errors instead. DIS cannot see frames under 12 pixels.
     """
+    return list(zip(estimate_forward_flow(source), estimate_forward_flow(source[::-1])[::-1], strict=True))
+
+
+def estimate_forward_flow(source: np.ndarray) -> list[np.ndarray]:
+    """The first half of ``estimate_flow``, at half the price: each frame's flow [H, W, 2] to the next one."""
     import cv2
 
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     grey = [np.rint(_levels(frame) @ LUMA).astype(np.uint8) for frame in source]
-    return [(dis.calc(a, b, None), dis.calc(b, a, None)) for a, b in pairwise(grey)]
+    return [dis.calc(a, b, None) for a, b in pairwise(grey)]
 
 
 def warp_error(frames: np.ndarray, source: np.ndarray, flow: Sequence[FlowPair] | None = None) -> float:
