@@ -34,7 +34,7 @@ from streamdiff_core.machine import machine_facts, source_commit
 from streamdiff_core.video_io import VideoWriter, read_video
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-POLICIES = ("sink", "sliding_window", "ema_sink", "deep_forcing", "rolling_sink", "infinity_rope")
+POLICIES = ("sink", "sliding_window", "ema_sink", "deep_forcing", "rolling_sink")
 STUDIES = {
     "policies": ({"policy": list(POLICIES)}, {}),
     "positions": ({"positions": ["packed", "absolute", "wrap"]}, {"policy": "sink"}),

@@ -34,6 +34,7 @@ video, img { max-width: 100%; height: auto; border-radius: 6px; background: #fff
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
+@media (max-width: 600px) { td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; } }
 .scroll img { min-width: 640px; } th small { display: block; font-weight: 400; color: var(--faint); }
 td.best { background: var(--best); font-weight: 600; } td.reason { text-align: left; white-space: normal; }
 dt { font-weight: 600; } dd { margin: 0 0 .4rem; } code, pre { font-size: .9em; } pre { overflow-x: auto; }
