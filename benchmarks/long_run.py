@@ -79,7 +79,14 @@ def run_study(pipe: StreamPipeline, name: str, source: Path, args: argparse.Name
     size = (pipe.preset.width, pipe.preset.height)
     planned = plan(pipe, source, args.prompt, vary, settings=settings, size=size)
     loop_s = len(make_loop()) / planned.base.fps
-    steps = compare(pipe, planned, source, args.out / name, drift_reference_s=min(loop_s, args.seconds / 3))
+    steps = compare(
+        pipe,
+        planned,
+        source,
+        args.out / name,
+        drift_reference_s=min(loop_s, args.seconds / 3),
+        figures_every=args.figures_every,
+    )
     with tqdm(desc=name, unit=" frames") as bar:
         while True:
             try:
@@ -119,7 +126,8 @@ def to_markdown(results: dict[str, CompareResult], args: argparse.Namespace, har
         f"`tiny`, {args.steps} steps, {args.sink} sink + {args.window} window frames, “{args.prompt}”; {hardware}, "
         f"torch {torch.__version__}, {date.today():%Y-%m-%d}, commit {source_commit() or 'unknown'}. Input: the sample "
         "clip back and forth under a slow pan. Means over the span; same frames and noise in all cells of a study. "
-        "Drift is taken over whole loops of the clip. Made by `python benchmarks/long_run.py`.",
+        f"Drift is taken over whole loops of the clip, other figures on one frame of {args.figures_every}. "
+        "Made by `python benchmarks/long_run.py`.",
     ]
     for name, result in results.items():
         means = means_by_span(result.folder / SCORES_NAME, args.span)
@@ -151,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder for input, cells and reports; the same again goes on")
     parser.add_argument("--seconds", type=float, default=300.0, help="length of the input")
     parser.add_argument("--span", type=float, default=60.0, help="seconds that one column of the tables averages")
+    parser.add_argument("--figures-every", type=int, default=1, help="measure one frame of so many; drift: all")
     parser.add_argument("--studies", nargs="*", default=list(STUDIES), choices=list(STUDIES))
     parser.add_argument("--policies", nargs="*", default=list(POLICIES), help="cells of the study `policies`")
     parser.add_argument("--prompt", default="thick oil painting, cobalt and yellow brush dabs")

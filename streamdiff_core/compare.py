@@ -79,6 +79,7 @@ def compare(
     *,
     judge: Judge | None = None,
     drift_reference_s: float = REFERENCE_S,
+    figures_every: int = 1,
 ) -> Generator[Progress, None, CompareResult]:
     """Make a comparison step by step: each step is a few frames of one cell, or one frame of all.
 
@@ -90,6 +91,7 @@ def compare(
         folder: output; made if it is missing. Cells of an earlier run in it are used again.
         judge: scores pictures against the prompt (`clip_score`).
         drift_reference_s: as in ``CellScorer``.
+        figures_every: of so many frames one gets all figures, the others only their drift.
 
     Returns:
         The result, as the generator's value.
@@ -128,7 +130,7 @@ def compare(
         raise ValueError(f"no cell was finished: {cells[0].error}")
     base, told = comparison.base, {"judge": judge, "reference_s": drift_reference_s}
     told |= {"fps": base.fps, "style": style_for(base, pipe.preset.bundled), "prompt": prompt_text(base.prompt)}
-    for _ in measure(comparison, cells, source, folder, told):
+    for _ in measure(comparison, cells, source, folder, told, figures_every):
         done += 1
         yield Progress(done=done, total=total, what="measure and draw")
     return CompareResult(folder=folder, cells=cells, num_frames=frames, fps=comparison.base.fps)
@@ -193,12 +195,18 @@ def read_input(recipe: Recipe, source: str | Path) -> Iterator[np.ndarray]:
 
 
 def measure(
-    comparison: Comparison, cells: list[Cell], source: str | Path, folder: Path, told: dict[str, Any]
+    comparison: Comparison,
+    cells: list[Cell],
+    source: str | Path,
+    folder: Path,
+    told: dict[str, Any],
+    figures_every: int = 1,
 ) -> Iterator[int]:
     """Play all cells in step: write grid, sheet, curves, table and report; yields after every frame.
 
     Args:
         told: arguments of every ``CellScorer``.
+        figures_every: as in ``compare``.
     """
     base, options = comparison.base, comparison.base.options
     finished = [cell for cell in cells if not cell.error]
@@ -216,7 +224,8 @@ def measure(
             by_label = {cell.label: output for cell, output in zip(finished, outputs, strict=True)}
             for label, output in by_label.items():
                 digests[label].update(output.tobytes())
-                scores.add(label, index, scorers[label].update(motion, output))
+                figures = scorers[label].update(motion, output, in_full=index % figures_every == 0)
+                scores.add(label, index, figures)
             writer.write(grid.draw(small, by_label)[None])
             sheet.add(index, small, by_label)
             yield index

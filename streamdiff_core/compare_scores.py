@@ -70,15 +70,19 @@ class InputMotion:
         """Latest frame, uint8 [H, W, 3]."""
         self.before: np.ndarray | None = None
         """The one before; None at the first."""
-        self.flow: FlowPair | None = None
-        """Between the two."""
+        self._flow: FlowPair | None = None
         self._meant: dict[str, np.ndarray] = {}
 
     def update(self, frame: np.ndarray) -> None:
         """Take in the next frame."""
-        self.before, self.now, self._meant = self.now, frame, {}
-        if self.before is not None:
-            (self.flow,) = estimate_flow(np.stack([self.before, self.now]))
+        self.before, self.now, self._flow, self._meant = self.now, frame, None, {}
+
+    @property
+    def flow(self) -> FlowPair:
+        """Between the two; estimated when the first cell asks."""
+        if self._flow is None:
+            (self._flow,) = estimate_flow(np.stack([self.before, self.now]))
+        return self._flow
 
     def meant(self, style: str) -> np.ndarray:
         """What a style's filter makes of the latest frame, float32 [H, W, 3] in grey levels; once for all cells."""
@@ -112,12 +116,15 @@ class CellScorer:
         self._drift = DriftMeter(fps=fps, reference_s=reference_s)
         self._before: np.ndarray | None = None
 
-    def update(self, motion: InputMotion, output: np.ndarray) -> dict[str, float]:
-        """Figures of the next frame, uint8 [H, W, 3], made from ``motion.now``."""
-        drift = self._drift.update(motion.now[None], output[None])
-        values = {"drift_lab": drift.colour, "sharpness_levels2": sharpness(output[None])}
-        if self._before is not None:
-            outputs, inputs = np.stack([self._before, output]), np.stack([motion.before, motion.now])
+    def update(self, motion: InputMotion, output: np.ndarray, in_full: bool = True) -> dict[str, float]:
+        """Figures of the next frame, uint8 [H, W, 3], made from ``motion.now``; unless ``in_full`` its drift only."""
+        values = {"drift_lab": self._drift.update(motion.now[None], output[None]).colour}
+        before, self._before = self._before, output
+        if not in_full:
+            return values
+        values["sharpness_levels2"] = sharpness(output[None])
+        if before is not None:
+            outputs, inputs = np.stack([before, output]), np.stack([motion.before, motion.now])
             values["flicker_levels"] = flicker(outputs, inputs)
             values["warp_error_levels"] = warp_error(outputs, inputs, [motion.flow])
             values["motion_kept"] = motion_kept(outputs, motion.flow)
@@ -125,7 +132,6 @@ class CellScorer:
             values["style_distance_levels"] = float(np.sqrt(np.square(output - motion.meant(self._style)).mean()))
         if self._judge:
             values["clip_score"] = self._judge(output, self._prompt)
-        self._before = output
         return values
 
 

@@ -335,6 +335,20 @@ def test_figures_of_an_output_that_is_its_input() -> None:
     assert summary["warp_error_levels"] < 0.5 and np.isnan(summary["motion_kept"]) and summary["clip_score"] == 4
 
 
+def test_drift_alone_costs_no_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A skipped frame still is the one before the next, and gives the same figures there."""
+    frames = np.random.default_rng(3).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
+    full, sparse, calls = [], [], []
+    for rows, skipped in ((full, ()), (sparse, (1,))):
+        motion, scorer = InputMotion(), CellScorer(fps=4)
+        for i, frame in enumerate(frames):
+            motion.update(frame)
+            rows.append(scorer.update(motion, frame[::-1].copy(), in_full=i not in skipped))
+            calls.append(motion._flow is not None)
+    assert calls == [False, True, True, False, False, True]
+    assert list(sparse[1]) == ["drift_lab"] and sparse[2] == full[2] and sparse[0] == full[0]
+
+
 def test_drift_is_that_of_the_last_second_and_beyond_the_input() -> None:
     motion, scorer, rows = InputMotion(), CellScorer(fps=4), []
     for i in range(12):
