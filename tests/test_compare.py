@@ -346,7 +346,8 @@ def test_drift_alone_costs_no_flow(monkeypatch: pytest.MonkeyPatch) -> None:
             rows.append(scorer.update(motion, frame[::-1].copy(), in_full=i not in skipped))
             calls.append(motion._flow is not None)
     assert calls == [False, True, True, False, False, True]
-    assert list(sparse[1]) == ["drift_lab"] and sparse[2] == full[2] and sparse[0] == full[0]
+    assert list(sparse[1]) == ["drift_lab"] and sparse[0] == full[0]
+    assert sparse[2] == pytest.approx(full[2], rel=0, abs=0, nan_ok=True)
 
 
 def test_drift_is_that_of_the_last_second_and_beyond_the_input() -> None:
