@@ -10,12 +10,16 @@ Shapes: B rows, L queries, N keys, n heads, d head dim, D width.
 
 from __future__ import annotations
 
+import math
+import threading
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_SCORES = 1 << 25
 """Largest score matrix (numbers) that is written out; beyond it fused attention saves memory."""
+_thread = threading.local()
 
 
 def is_fast_case(*tensors: Tensor) -> bool:
@@ -30,7 +34,23 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if mask is not None or scores > MAX_SCORES or not is_fast_case(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return torch.matmul(torch.softmax(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)), dim=-1), v)
+    b, n, length, _ = q.shape
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    weights = _scratch(b * n, length, k.shape[1])
+    torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(-1, -2), out=weights)
+    return torch.bmm(torch.softmax(weights, dim=-1, out=weights), v).unflatten(0, (b, n))
+
+
+def _scratch(*shape: int) -> Tensor:
+    """Memory for a score matrix, the same for every call of a thread: fresh megabytes cost more than the product,
+    since the system hands them out page by page and the C library gives them back at once.
+    """
+    size = math.prod(shape)
+    held = getattr(_thread, "scores", None)
+    if held is None or held.numel() < size:
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
+            held = _thread.scores = torch.empty(size, dtype=torch.bfloat16)
+    return held[:size].view(shape)
 
 
 def linear_gelu(x: Tensor, linear: nn.Linear) -> Tensor:

@@ -22,6 +22,11 @@ from streamdiff_core.rope import rotate, temporal_rotation
 from streamdiff_core.types import TOKENS, KVPolicy, Read, RowPlan
 
 
+def heads_first(store: Tensor) -> Tensor:
+    """[rows, slots, P, n, d] laid out in memory by head: what a head reads is one block, and no product copies it."""
+    return store.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
+
+
 class KVCache:
     """Keys and values of one stream. A new stream is a new object: nothing can leak from an old one (SPEC §2.8-1)."""
 
@@ -42,11 +47,11 @@ class KVCache:
         self._rotated_to: list[list[list[int | None]]] = [
             [[None] * policy.num_slots for _ in range(num_rows)] for _ in range(model.num_layers)
         ]
-        shape = (num_rows, policy.num_slots, tokens_per_frame, model.num_heads, model.head_dim)
-        time_shape = (*shape[:-1], 2 * model.rope_columns[0])
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
-        self._k_time = [torch.zeros(time_shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
+        shape = (num_rows, policy.num_slots, tokens_per_frame, model.num_heads)
+        self.k, self.v, self._k_time = (
+            [heads_first(torch.zeros(*shape, width, dtype=dtype, device=device)) for _ in range(model.num_layers)]
+            for width in (model.head_dim, model.head_dim, 2 * model.rope_columns[0])
+        )
         self._scratch, self._state = self._nothing(), self._nothing()
 
     def _nothing(self) -> list[list[dict[str, Tensor]]]:
@@ -156,7 +161,7 @@ class KVCache:
         """Put in, before layer ``layer``, what another cache of the same stream popped; its tables must be equal."""
         rest = iter(tensors)
         for store in (self.k, self.v, self._k_time):
-            store.insert(layer, next(rest))
+            store.insert(layer, heads_first(next(rest)))
         self.model = replace(self.model, num_layers=self.model.num_layers + 1)
         self._rotated_to.insert(layer, plain["at"])
         for store, key in ((self._scratch, "scratch"), (self._state, "state")):
@@ -220,18 +225,27 @@ class LayerSlots:
 
     def turn(self, slots: Sequence[int], positions: Sequence[int | None]) -> None:
         """Rotate slots to their positions where they are not there yet; None leaves a slot as it is."""
-        width = self.k_time.shape[-1]
+        width, moved = self.k_time.shape[-1], {}
         for slot, position in zip(slots, positions, strict=True):
             if position is not None and self.at[slot] != position:
-                turn = temporal_rotation((position,), self.model.rope_columns, self.k.dtype, self.k.device)
-                self.k[slot, ..., :width] = rotate(self.k_time[slot], turn)
-                self.at[slot] = position
+                moved[slot] = self.at[slot] = position
+        for first, last in _runs(sorted(moved)):
+            span = tuple(moved[slot] for slot in range(first, last + 1))
+            turn = temporal_rotation(span, self.model.rope_columns, self.k.dtype, self.k.device)
+            self.k[first : last + 1, ..., :width] = rotate(self.k_time[first : last + 1], turn[:, None])
 
     def tokens(self, slots: Sequence[int] | None, num_visible: int) -> tuple[Tensor, Tensor]:
         """Keys and values [N * P, n, d] of some slots; of the first ``num_visible`` without a copy."""
         if slots is None:
             return self.k[:num_visible].flatten(0, 1), self.v[:num_visible].flatten(0, 1)
         return self.k[list(slots)].flatten(0, 1), self.v[list(slots)].flatten(0, 1)
+
+
+def _runs(slots: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as (first, last) of each unbroken run."""
+    starts = [s for i, s in enumerate(slots) if i == 0 or slots[i - 1] != s - 1]
+    ends = [s for i, s in enumerate(slots) if i == len(slots) - 1 or slots[i + 1] != s + 1]
+    return list(zip(starts, ends, strict=True))
 
 
 class CacheView:

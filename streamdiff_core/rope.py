@@ -68,8 +68,10 @@ def rotate(x: Tensor, multiplier: Tensor) -> Tensor:
     """
     m = multiplier.shape[-1]
     wide = x.to(torch.float64 if multiplier.dtype == torch.complex128 else torch.float32)
-    pairs = torch.view_as_complex(wide[..., : 2 * m].unflatten(-1, (m, 2)).contiguous())
-    turned = torch.view_as_real(pairs * multiplier.unsqueeze(-2)).flatten(-2)
+    pairs = wide[..., : 2 * m].unflatten(-1, (m, 2))
+    if pairs.storage_offset() % 2 or any(step % 2 for step in pairs.stride()[:-1]) or pairs.stride(-1) != 1:
+        pairs = pairs.contiguous()
+    turned = torch.view_as_real(torch.view_as_complex(pairs) * multiplier.unsqueeze(-2)).flatten(-2)
     if 2 * m < x.shape[-1]:
         turned = torch.cat([turned, wide[..., 2 * m :]], dim=-1)
     return turned.to(x.dtype)
