@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,3 +64,25 @@ def test_linear_gelu(monkeypatch, fused):
     exact = F.gelu(F.linear(x.double(), linear.weight.double(), linear.bias.double()), approximate="tanh")
     with torch.inference_mode():
         assert_close(linear_gelu(x, linear).double(), exact, rtol=2**-7, atol=2**-8)
+
+
+def test_scores_reuse_one_piece_of_memory_per_thread_and_results_do_not():
+    """A result that lay in that memory would change with the next call, one shared by threads at any time."""
+    q, k, v, other = (torch.randn(1, 2, n, 8).bfloat16() for n in (5, 9, 9, 5))
+    with torch.inference_mode():
+        result = scaled_dot_product(q, k, v)
+        kept = result.clone()
+        scaled_dot_product(other, k, v)
+    assert torch.equal(result, kept)
+    mine = cpu_kernels._scratch(2, 5, 9)
+    assert cpu_kernels._scratch(1, 5, 9).data_ptr() == mine.data_ptr()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(cpu_kernels._scratch, 2, 5, 9).result().data_ptr() != mine.data_ptr()
+
+
+def test_memory_taken_in_a_session_serves_outside_it(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "_thread", threading.local())
+    q, k, v = (torch.randn(1, 1, 4, 8).bfloat16() for _ in range(3))
+    with torch.inference_mode():
+        inside = scaled_dot_product(q, k, v)
+    assert torch.equal(scaled_dot_product(q, k, v), inside)

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from streamdiff_core.config import CacheConfig, ModelConfig
-from streamdiff_core.kv_cache import KVCache
+from streamdiff_core.kv_cache import KVCache, _runs
 from streamdiff_core.kv_policies import POLICIES, SinkPolicy
 from streamdiff_core.types import KVPolicy
 
@@ -55,6 +55,25 @@ def test_bytes_by_hand():
     # 2 layers x 3 rows x (1 + 2) slots x 3 tokens x 2 heads x (k 12 + v 12 + unrotated temporal columns 4) x
     # 8 bytes
     assert cache_of(1, 2, num_rows=3).nbytes == 2 * 3 * 3 * 3 * 2 * (12 + 12 + 4) * 8
+
+
+def test_what_a_head_reads_is_one_block_of_memory():
+    """Else each product of attention copies the keys first; also after a layer came from another process."""
+    cache, other = cache_of(1, 2, num_rows=2), cache_of(1, 2, num_rows=2)
+    plain, tensors = other.pop_layer(0)
+    cache.pop_layer(0)
+    cache.insert_layer(0, plain, [x.contiguous() for x in tensors])
+    for layer in range(2):
+        for x in cache.layer_slots(layer, 1).tokens(None, 3):
+            assert x.shape == (3 * TOKENS, 2, 12) and x.transpose(0, 1).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("slots", "runs"),
+    [([], []), ([4], [(4, 4)]), ([0, 1, 2], [(0, 2)]), ([0, 2, 3, 7, 8, 10], [(0, 0), (2, 3), (7, 8), (10, 10)])],
+)
+def test_slots_that_lie_side_by_side_turn_together(slots, runs):
+    assert _runs(slots) == runs
 
 
 def test_frames_go_to_their_slots_and_are_read_at_their_positions():

@@ -89,6 +89,21 @@ def test_only_differences_of_positions_matter(shift):
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: x.transpose(0, 1)[..., :8],  # pairs stay neighbours: no copy
+        lambda x: x[..., 1:9],  # from an odd place
+        lambda x: x[..., ::2],
+        lambda x: x.flatten()[: 7 * 3 * 9].view(7, 3, 9)[..., :8],  # rows of odd length
+    ],
+)
+def test_any_layout_in_memory_gives_the_same(cut):
+    x = cut(torch.randn(5, 5, 16, dtype=torch.float64))
+    turn = temporal_rotation((3,), (4, 0, 0), torch.float64, torch.device("cpu"))
+    assert torch.equal(rotate(x, turn), rotate(x.clone(memory_format=torch.contiguous_format), turn))
+
+
 def test_float32_positions_stay_exact_beyond_the_reference_table():
     """A float32 angle of 100,000 would be off by 0.004; the reference's table ends at 1,024."""
     got = temporal_rotation((1_023, 1_024, 100_000), COLUMNS, torch.float32, CPU)
