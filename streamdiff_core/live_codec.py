@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from streamdiff_core.live_events import LiveReply
 from streamdiff_core.types import VideoReadError
 from streamdiff_core.video_io import read_jpeg
+from streamdiff_core.video_reader import MAX_JPEG_PIXELS
 
 FORMATS = ("jpeg", "webp", "raw")
 MAX_FRAME_BYTES = {"jpeg": 2_000_000, "webp": 2_000_000, "raw": 4 + 3 * 1024 * 1024}
@@ -58,6 +59,9 @@ def decode_frame(data: bytes, format: str, size: tuple[int, int]) -> np.ndarray:
     if not (MIN_SIDE_PX <= min(width, height) and max(width, height) <= MAX_SIDE_PX):
         sentence = f"A frame of {width}×{height} pixels came; sides from {MIN_SIDE_PX} to {MAX_SIDE_PX} are accepted."
         raise BadMessageError("too_large" if max(width, height) > MAX_SIDE_PX else "bad_frame", sentence, action)
+    if width * height > MAX_JPEG_PIXELS:
+        sentence = f"A frame of {width}×{height} pixels came; at most {MAX_JPEG_PIXELS:,} pixels are accepted."
+        raise BadMessageError("too_large", sentence, action)
     try:
         return _decode_jpeg(data) if format == "jpeg" else _decode_webp(data)
     except (VideoReadError, OSError, ValueError) as error:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_JPEG_PIXELS = 8_388_608
+"""Most pixels of one JPEG from outside (4K fits): a small file may announce far more than memory holds."""
 FALLBACK_FPS = 16.0
 """Rate given to pictures without a clock: images, and single frames whose file declares no rate."""
 MAX_VARIABLE_FPS = 60.0
@@ -98,15 +100,17 @@ def read_jpeg(jpeg: bytes) -> np.ndarray:
     """One JPEG as uint8 ``[H, W, 3]``: the pixels that `read_file` gives for it as a frame of an MJPEG file.
 
     Raises:
-        VideoReadError: Not a JPEG, or cut short before its picture.
+        VideoReadError: Not a JPEG, cut short before its picture, or announcing more than ``MAX_JPEG_PIXELS``.
     """
     import av
 
+    codec = av.CodecContext.create("mjpeg", "r")
+    codec.options = {"max_pixels": str(MAX_JPEG_PIXELS)}  # every header inside counts, also one behind a picture
     try:
-        (frame,) = av.CodecContext.create("mjpeg", "r").decode(av.Packet(jpeg))
+        (frame,) = codec.decode(av.Packet(jpeg))
         return frame.to_ndarray(format="rgb24", interpolation=_UNBIASED_SCALING)
     except (av.FFmpegError, ValueError) as error:
-        raise VideoReadError("not a readable JPEG picture") from error
+        raise VideoReadError(f"not a readable JPEG picture of at most {MAX_JPEG_PIXELS:,} pixels") from error
 
 
 def read_comment(path: Path) -> str | None:

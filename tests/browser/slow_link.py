@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,9 +32,10 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, byte
     free_at = loop.time()
     try:
         while piece := await reader.read(PIECE_BYTES):
-            free_at = max(free_at, loop.time() - LATE_S) + len(piece) / bytes_per_s
+            came_at = loop.time()
+            free_at = max(free_at, came_at - LATE_S) + len(piece) / bytes_per_s
             await asyncio.sleep(max(0.0, free_at - loop.time()))
-            await on_the_way.put((free_at + delay_s, piece))
+            await on_the_way.put((max(came_at, free_at) + delay_s, piece))
         await on_the_way.put((loop.time(), b""))
         await delivery
     except (ConnectionError, asyncio.CancelledError):
@@ -44,8 +46,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, byte
 @contextmanager
 def slow_link(port: int, *, mbit_per_s: float, round_trip_ms: float) -> Iterator[str]:
     """Address through which the app on ``port`` is reached over such a link."""
-    loop = asyncio.new_event_loop()
-    address: list[int] = []
+    started: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = []
     ready = threading.Event()
     rate, delay = mbit_per_s * 1e6 / 8, round_trip_ms / 2000
 
@@ -55,24 +56,24 @@ def slow_link(port: int, *, mbit_per_s: float, round_trip_ms: float) -> Iterator
         except OSError:
             writer.close()
             return
-        await asyncio.gather(
-            _pump(reader, forth, rate, delay), _pump(back, writer, rate, delay), return_exceptions=True
-        )
+        both_ways = (_pump(reader, forth, rate, delay), _pump(back, writer, rate, delay))
+        with contextlib.suppress(asyncio.CancelledError):  # the link ends while this connection is open
+            await asyncio.gather(*both_ways, return_exceptions=True)
 
     async def serve() -> None:
+        over = asyncio.Event()
         server = await asyncio.start_server(accept, "127.0.0.1", 0)
-        address.append(server.sockets[0].getsockname()[1])
+        started.append((server.sockets[0].getsockname()[1], asyncio.get_running_loop(), over))
         ready.set()
+        await over.wait()
+        server.close()
 
-    def run() -> None:
-        loop.run_until_complete(serve())
-        loop.run_forever()
-
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)  # run also ends what still relays
     thread.start()
     ready.wait(10)
+    ((address, loop, over),) = started
     try:
-        yield f"http://127.0.0.1:{address[0]}/"
+        yield f"http://127.0.0.1:{address}/"
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(over.set)
         thread.join(10)
