@@ -18,17 +18,20 @@ MIN_SIDE_PX = 64
 """Shortest side, in pixels, that ``fit_size`` gives."""
 
 
-def check_frames(frames: np.ndarray) -> None:
-    """Refuse anything but uint8 ``[T, H, W, 3]`` (T may be 0).
+def check_frames(frames: np.ndarray, size: tuple[int, int] | None = None) -> None:
+    """Refuse anything but uint8 ``[T, H, W, 3]`` (T may be 0), of this (width, height) where one is given.
 
     Raises:
-        ValueError: Wrong type, rank or number of channels; the text says what arrived.
+        ValueError: Wrong type, rank, number of channels or size; the text says what arrived.
     """
     if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
         kind = getattr(frames, "dtype", type(frames).__name__)
         raise ValueError(f"frames must be a numpy array of uint8, got {kind}; scale to 0…255 and use .astype('uint8')")
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:]:
         raise ValueError(f"frames must have shape [T, H, W, 3], got {list(frames.shape)}; one frame is frames[None]")
+    if size is not None and (frames.shape[2], frames.shape[1]) != size:
+        got, wanted = f"{frames.shape[2]}×{frames.shape[1]}", f"{size[0]}×{size[1]}"
+        raise ValueError(f"frames of {got} pixels came, the stream's are {wanted}; use resize_and_crop, or push")
 
 
 def resize_and_crop(frames: np.ndarray, width: int, height: int) -> np.ndarray:

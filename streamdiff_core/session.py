@@ -293,7 +293,11 @@ class StreamSession:
         Args:
             frames: uint8 [T, height, width, 3], T = 1 + 4n for the first chunk, 4n later.
             num_frames: how many of them are real (the rest is padding); default all.
+
+        Raises:
+            ValueError: frames of another size than the stream's.
         """
+        check_frames(frames, (self.options.width, self.options.height))
         with self.timer.stage("border", self._chunk_idx):
             pixels = frames_to_tensor(frames).to(self.pipe.device)
         with self.timer.stage("encode", self._chunk_idx):

@@ -278,6 +278,16 @@ def test_push_is_its_three_stages(pipe, frames):
     assert np.array_equal(np.concatenate(out), stream(session, frames[:13]))
 
 
+@pytest.mark.parametrize("shape", [(5, 80, 64, 3), (5, 64, 80, 3), (5, 128, 128, 3)])
+def test_a_stage_refuses_frames_of_another_size_and_the_stream_goes_on(pipe, frames, shape):
+    """Sizes that the model itself would take: only the stream knows that they are not its own."""
+    session, plain = pipe.start("pencil"), pipe.start("pencil")
+    wrong = f"{shape[2]}×{shape[1]} pixels came, the stream's are 64×64; use resize_and_crop, or push"
+    with pytest.raises(ValueError, match=wrong):
+        session.encode_chunk(np.zeros(shape, np.uint8))
+    assert np.array_equal(session.push(frames[:9]), plain.push(frames[:9]))
+
+
 def test_stats(pipe, frames):
     session = pipe.start("pencil", steps=2, deadline_ms=1e-6, noise_scale=0.7)
     before = session.stats
