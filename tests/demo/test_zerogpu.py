@@ -18,6 +18,7 @@ from identity_pipeline import IdentityPipeline, prompt_level
 from random_pipeline import SIDE, moving_frames
 
 from demo import zerogpu
+from demo.zerogpu_slots import UNUSED_S, Slot, SlotPool
 
 FRAMES = moving_frames(40)
 
@@ -94,7 +95,7 @@ def test_pictures_follow_the_newest_frame_and_the_newest_prompt(request_of):
 
 
 def test_each_page_has_a_slot_of_its_own_and_leaves_nothing(request_of):
-    pool = zerogpu.SlotPool(2, SIDE)
+    pool = SlotPool(2, SIDE)
     assert (pool.take("a"), pool.take("b"), pool.take("a")) == (0, 1, 0)
     with pytest.raises(gr.Error, match="full"):
         pool.take("c")
@@ -106,24 +107,24 @@ def test_each_page_has_a_slot_of_its_own_and_leaves_nothing(request_of):
 
 def test_a_slot_whose_page_left_without_a_word_is_lent_again():
     now_s = [0.0]
-    pool = zerogpu.SlotPool(1, SIDE, clock=lambda: now_s[0])
+    pool = SlotPool(1, SIDE, clock=lambda: now_s[0])
     pool.take("gone")
     pool.slots[0].push(FRAMES[3])
-    now_s[0] = zerogpu.UNUSED_S - 1
+    now_s[0] = UNUSED_S - 1
     with pytest.raises(gr.Error, match="full"):
         pool.take("next")
-    now_s[0] = zerogpu.UNUSED_S
+    now_s[0] = UNUSED_S
     assert pool.take("next") == 0 and pool.slots[0].newest()[1].max() == 0
 
 
 def test_without_a_camera_the_sample_clip_is_restyled():
-    pictures = list(islice(zerogpu.stream_slot(IdentityPipeline(), zerogpu.Slot(SIDE), "a", 0.4, 60.0), 12))
+    pictures = list(islice(zerogpu.stream_slot(IdentityPipeline(), Slot(SIDE), "a", 0.4, 60.0), 12))
     assert len(pictures) == 12 and np.ptp(np.stack(pictures)[:, 8:], axis=0).max() > 20, "it moves"
 
 
 def test_a_forked_worker_sees_what_comes_later():
     """Slots made before the fork are shared; this is why they are made with the page."""
-    slot = zerogpu.Slot(SIDE)
+    slot = Slot(SIDE)
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     ready, go = context.Event(), context.Event()
