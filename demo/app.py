@@ -36,6 +36,7 @@ from demo.compare_tab import MAX_UPLOAD_BYTES, build_compare  # noqa: E402
 from demo.transport import MAX_MESSAGE_BYTES, live_router  # noqa: E402
 from demo.ui import Choices, build_ui, page_settings, page_theme  # noqa: E402
 from streamdiff_core import LiveEngine, Preset, StreamPipeline, get_preset  # noqa: E402
+from streamdiff_core.admission import AdmissionOptions  # noqa: E402
 from streamdiff_core.kv_policies import POLICIES  # noqa: E402
 from streamdiff_core.live_events import error_event  # noqa: E402
 from streamdiff_core.machine import usable_cores  # noqa: E402
@@ -55,6 +56,7 @@ def create_app(
     dtype: str = "auto",
     weights: str | None = None,
     max_streams: int = 4,
+    max_waiting: int = 16,
     idle_s: float | None = 60.0,
     lifetime_s: float | None = None,
 ) -> FastAPI:
@@ -62,7 +64,8 @@ def create_app(
 
     Args:
         pipe: a pipeline, or a function that makes one, in place of the preset's.
-        max_streams: viewers at a time; one more is told that the server is full.
+        max_streams: viewers at a time, if the machine can serve so many; two it always serves.
+        max_waiting: viewers who wait in line for a place; one more is told that the server is full.
         idle_s: see ``LiveEngine``, as ``lifetime_s``.
 
     Raises:
@@ -76,7 +79,9 @@ def create_app(
         chosen = "cpu" if to_cpu else device
         return StreamPipeline.from_preset(preset, device=chosen, dtype=dtype, weights=weights)
 
-    engine = LiveEngine(pipe or load, max_streams=max_streams, idle_s=idle_s, lifetime_s=lifetime_s)
+    rules = AdmissionOptions(guaranteed=2, max_waiting=max_waiting) if max_waiting else None
+    limits = {"max_streams": max_streams, "idle_s": idle_s, "lifetime_s": lifetime_s, "admission": rules}
+    engine = LiveEngine(pipe or load, **limits)
     if to_cpu:
         words = "This server has no GPU, so the model runs on its CPU."
         engine.warning = error_event("no_gpu", words, "Nothing to do.")

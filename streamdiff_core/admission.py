@@ -24,6 +24,8 @@ class AdmissionOptions:
     """Kinds of degradation a newcomer may cause; () keeps everybody at full quality."""
     max_streams: int = 64
     """Streams at once, whatever the load (memory)."""
+    guaranteed: int = 0
+    """So many come in whatever the load: where a viewer would rather see fewer frames than none."""
     max_waiting: int = 16
     """Length of the line; the next one is refused."""
     mean_stay_s: float = 120.0
@@ -79,7 +81,10 @@ def admit(
         "ttff_ms": _ttff_ms(newcomer, streams, model, options),
     }
     limit, is_full = options.target_load, len(streams) >= admission.max_streams
-    if load_alone > limit:
+    if len(streams) < admission.guaranteed and not (is_full or num_waiting):
+        words = f"load {load_with:.0%}; the first {admission.guaranteed} streams are always taken"
+        return Admission(verdict="accept", sentence=words, **figures)
+    if load_alone > limit and not admission.guaranteed:
         chunk_ms = tick_ms([serve_of(steady_of(newcomer, alone, options), alone, options)], model)
         sentence = (
             f"this machine cannot keep up with {newcomer.fps:g} frames per second: a chunk takes {chunk_ms:.0f} ms, "
@@ -88,7 +93,11 @@ def admit(
         return Admission(verdict="refuse", sentence=sentence, **figures)
     if load_with <= limit and not is_full and not num_waiting:
         return Admission(verdict="accept", sentence=f"load {load_with:.0%}, limit {limit:.0%}", **figures)
-    busy = f"{len(streams)} streams keep the machine {load_now:.0%} busy, one more would make it {load_with:.0%}"
+    busy = (
+        f"all {admission.max_streams} places are taken"
+        if is_full
+        else f"{len(streams)} streams keep the machine {load_now:.0%} busy, one more would make it {load_with:.0%}"
+    )
     if num_waiting >= admission.max_waiting:
         sentence = f"{busy}, and all {admission.max_waiting} places in line are taken; come back later"
         return Admission(verdict="refuse", sentence=sentence, **figures)

@@ -175,7 +175,7 @@ def with_links(event: Message | bytes) -> Message | bytes:
     if isinstance(event, dict) and event["type"] == "recording":
         at = f"download/{event['token']}"
         files = {"url": f"{at}/recording.zip", "mp4": f"{at}/recording.mp4", "recipe": f"{at}/recipe.json"}
-        return {**files, "type": "recording", "seconds": event["seconds"], "frames": event["frames"]}
+        return {**files, **{name: event[name] for name in ("type", "seconds", "frames", "limit")}}
     return event
 
 

@@ -65,6 +65,7 @@ class Line:
             if answer.verdict != "accept":
                 break
             inside.append(self.waiting.pop(0))
+            inside[-1].opened_s = self._clock()  # its time begins now
             self._told_s = 0.0
         if self._clock() - self._told_s >= TELL_EVERY_S:
             self._told_s = self._clock()

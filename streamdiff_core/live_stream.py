@@ -373,7 +373,7 @@ class LiveStream:
         self._meter.point(self.num_chunks - 1, self.session.motion, self.session.noise_scale)
         self._deliver(out)
         self.num_failures = 0
-        if self._recorder is not None and self._recorder.is_full:
+        if self._recorder is not None and self._recorder.limit:
             self._record("stop", False, now)
         if now - self._stats_s >= STATS_EVERY_S:
             self._stats_s = now

@@ -119,9 +119,11 @@ class Recorder:
         return self._input.nbytes
 
     @property
-    def is_full(self) -> bool:
-        """Whether a limit is reached."""
-        return self.seconds >= MAX_RECORDING_S or self.nbytes >= MAX_RECORDING_BYTES
+    def limit(self) -> str | None:
+        """The limit that is reached, in words."""
+        if self.seconds >= MAX_RECORDING_S:
+            return f"{MAX_RECORDING_S:.0f} s"
+        return f"{MAX_RECORDING_BYTES / 1e6:.0f} MB" if self.nbytes >= MAX_RECORDING_BYTES else None
 
     def add_input(self, frames: Sequence[LiveFrame]) -> None:
         """Frames that go into the model now."""
@@ -149,7 +151,8 @@ class Recorder:
         self._events.append(OptionEvent(frame=self.num_in, options=dict(options)))
 
     def finish(self, on_done: Callable[[dict[str, Any] | None], None]) -> None:
-        """Complete the files; ``on_done`` gets token, seconds and frames, or None if that failed, from the thread."""
+        """Complete the files; ``on_done`` gets token, seconds, frames and limit (None: it was stopped), or None if
+        that failed, from the thread."""
 
         def work() -> None:
             try:
@@ -183,7 +186,8 @@ class Recorder:
             for name in (VIDEO_NAME, INPUT_NAME, RECIPE_NAME):
                 bundle.write(self._folder / name, name)
         partial.rename(self._folder / ZIP_NAME)
-        return {"token": self.token, "seconds": recipe.num_frames * frame_s, "frames": recipe.num_frames}
+        length = {"seconds": recipe.num_frames * frame_s, "frames": recipe.num_frames}
+        return {"token": self.token, "limit": self.limit, **length}
 
 
 class _JpegFile:

@@ -117,6 +117,7 @@ def test_a_recording_is_made_again_bit_for_bit(live, pipe, tmp_path, beside):
     one.do(one.stream.record, "stop")
     event = one.wait("recording")
     assert event["frames"] == 25 and event["seconds"] == pytest.approx(25 / 10, rel=0.02)
+    assert event["limit"] is None
 
     bundle = one.engine.shelf.find(event["token"], "recording.zip")
     with zipfile.ZipFile(bundle) as packed:
@@ -173,6 +174,7 @@ def test_what_cannot_be_recorded_is_said(live, monkeypatch):
     one.show(29)
     event = one.wait("recording")
     assert 1.0 <= event["seconds"] <= 1.3 and one.stream._recorder is None, "stopped at the limit by itself"
+    assert event["limit"] == "1 s", "and says so"
 
 
 def test_a_current_recipe_can_be_had_at_any_time(live):
@@ -218,8 +220,9 @@ def test_files_stay_ten_minutes_after_their_stream_and_not_a_second_longer():
 def test_size_limit(pipe, tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()
     recorder = Recorder(tmp_path / "x", pipe, "ink", pipe.start("ink").options, fps=16)
-    monkeypatch.setattr(recorder_module, "MAX_RECORDING_BYTES", len(JPEGS[0]) + len(JPEGS[1]))
+    long_jpeg = JPEGS[1] + bytes(1_000_000)
+    monkeypatch.setattr(recorder_module, "MAX_RECORDING_BYTES", len(JPEGS[0]) + len(long_jpeg))
     recorder.add_input([LiveFrame(0, CAMERA[0], JPEGS[0], 0.0)])
-    assert not recorder.is_full
-    recorder.add_input([LiveFrame(1, CAMERA[1], JPEGS[1], 0.1)])
-    assert recorder.is_full and recorder.nbytes == len(JPEGS[0]) + len(JPEGS[1])
+    assert recorder.limit is None
+    recorder.add_input([LiveFrame(1, CAMERA[1], long_jpeg, 0.1)])
+    assert recorder.limit == "1 MB" and recorder.nbytes == len(JPEGS[0]) + len(long_jpeg)

@@ -11,6 +11,16 @@ export const RECORDING = {
   start: "Recording starts with a fresh stream, so that its recipe gives the same video again.",
   stop: "Finishing the recording …",
 };
+/** Of a finished recording. */
+export function recorded({ seconds, frames, limit }) {
+  const length = `${seconds.toFixed(1)} s, ${frames} frames`;
+  return limit ? `The recording stopped by itself at its limit of ${limit}: save it here (${length}).` : `Recorded ${length}.`;
+}
+/** In the line in front of the model. */
+export function inLine({ position, estimate_s }) {
+  const time = estimate_s ? `, about ${Math.ceil(estimate_s)} s` : "";
+  return `You are number ${position} in line${time}. Your stream starts by itself.`;
+}
 export const NO_RECIPE = "No recipe yet: the stream is not running.";
 
 /** code -> [sentence, label of the action, name of the action (see `stream.js`)] */
@@ -24,21 +34,26 @@ const FAILURES = {
   camera_busy: ["The camera could not be started, perhaps because another program uses it.", "Try again", "camera"],
   camera_gone: ["The camera was disconnected; the sample clip plays instead.", "Use the camera", "camera"],
   insecure: [
-    "Browsers give the camera only to pages on https or localhost, so the sample clip plays on.",
+    "Browsers give the camera only to pages on https or localhost, so what plays now goes on.",
     "Choose a video file",
     "choose_file",
   ],
   no_screen: ["This browser cannot share the screen.", "Choose a video file", "choose_file"],
-  screen_denied: ["The screen was not shared, so the sample clip plays on.", "Try again", "screen"],
+  screen_denied: ["The screen was not shared, so what plays now goes on.", "Try again", "screen"],
   screen_ended: ["Screen sharing has ended; the sample clip plays instead.", "Share again", "screen"],
   file_too_large: ["Videos may have up to 200 MB and 10 minutes: this one is larger.", "Choose another", "choose_file"],
   file_too_long: ["Videos may have up to 200 MB and 10 minutes: this one is longer.", "Choose another", "choose_file"],
+  not_a_video: [
+    "That file is no video, and no recipe, snapshot or bundle of this app, so what plays now goes on.",
+    "Choose another",
+    "choose_file",
+  ],
   file_unreadable: [
     "This browser cannot play that file: MP4 (H.264) and WebM work everywhere.",
     "Choose another",
     "choose_file",
   ],
-  bad_recipe: ["That file holds no recipe of this app.", "Choose another", "choose_file"],
+  bad_recipe: ["That file holds no recipe of this app, so nothing was changed.", "Choose another", "choose_file"],
   no_sample: ["The sample clip did not load.", "Try again", "sample"],
   old_browser: [
     "This browser is too old for live video here: a current Chrome, Edge, Firefox or Safari works.",
@@ -103,17 +118,8 @@ export class Messages {
     this.#show({ code: "lost", sentence, label: "Reconnect now", action: "reconnect" });
   }
 
-  /** In the queue; said again with each new place, but not after the viewer has closed it. */
-  waiting({ position, estimate_s }) {
-    if (this.closed === "waiting") return;
-    const time = estimate_s ? `, about ${Math.ceil(estimate_s)} s` : "";
-    const sentence = `The server is busy: place ${position} in line${time}.`;
-    this.#show({ code: "waiting", sentence, label: "Keep waiting", action: "dismiss" });
-  }
-
   /** Hide the banner if it shows one of these codes (all codes without arguments). */
   clear(...codes) {
-    if (codes.includes(this.closed)) this.closed = null;
     if (!codes.length || codes.includes(this.code)) {
       this.banner.hidden = true;
       this.code = null;
@@ -132,7 +138,6 @@ export class Messages {
 
   #act() {
     const action = this.actions[this.action];
-    this.closed = this.code;
     this.clear();
     action?.();
   }

@@ -1,7 +1,9 @@
-/* Recipes in and out: a JSON file, or a PNG snapshot that carries the same JSON in a text chunk. */
+/* Recipes in and out: a JSON file, a PNG snapshot that carries the same JSON in a text chunk, or a recording's zip. */
 
 const KEYWORD = "streamdiff-recipe";
 const PNG_SIGNATURE_BYTES = 8;
+const MAX_RECIPE_BYTES = 1e6;
+const ZIP_END_BYTES = 22; // without a comment
 
 export function download(blob, name) {
   const link = document.createElement("a");
@@ -22,10 +24,13 @@ export async function downloadSnapshot(canvas, recipe) {
   download(withRecipe, `streamdiff-${stamp()}.png`);
 }
 
-/** The recipe in a dropped .json or .png file; throws when there is none. */
+export const mayHoldRecipe = ({ name }) => /\.(json|png|zip)$/i.test(name);
+
+/** The recipe in a dropped .json, .png or .zip file; throws when there is none. */
 export async function readRecipe(file) {
-  const bytes = new Uint8Array(await file.arrayBuffer());
-  const text = file.name.toLowerCase().endsWith(".png") ? findText(bytes) : new TextDecoder().decode(bytes);
+  const read = { png: findText, zip: findInZip }[file.name.toLowerCase().split(".").pop()];
+  if (!read && file.size > MAX_RECIPE_BYTES) throw new Error("no recipe");
+  const text = read ? await read(file) : await file.text();
   const recipe = JSON.parse(text);
   if (!recipe || typeof recipe !== "object" || !("options" in recipe)) throw new Error("no recipe");
   return recipe;
@@ -58,12 +63,36 @@ async function addText(png, text) {
   return new Blob([bytes.subarray(0, end), chunk, bytes.subarray(end)], { type: "image/png" });
 }
 
-function findText(bytes) {
+async function findText(file) {
+  const bytes = new Uint8Array(await file.arrayBuffer());
   const view = new DataView(bytes.buffer);
   const decoder = new TextDecoder();
   for (let at = PNG_SIGNATURE_BYTES; at + 12 <= bytes.length; at += 12 + view.getUint32(at)) {
     const text = decoder.decode(bytes.subarray(at + 4, at + 8 + view.getUint32(at)));
     if (text.startsWith(`iTXt${KEYWORD}\0`)) return text.slice(4 + KEYWORD.length + 5);
+  }
+  throw new Error("no recipe");
+}
+
+/** The recipe of a recording. Its zip stores files as they are; the directory at its end says where they begin. */
+async function findInZip(file) {
+  const part = async (from, to) => new DataView(await file.slice(from, to).arrayBuffer());
+  const text = (view, at, length) => new TextDecoder().decode(new Uint8Array(view.buffer, at, length));
+  const tail = await part(Math.max(0, file.size - ZIP_END_BYTES));
+  const end = tail.byteLength - ZIP_END_BYTES;
+  if (end < 0 || tail.getUint32(end, true) !== 0x06054b50) throw new Error("no recipe");
+  const start = tail.getUint32(end + 16, true);
+  const directory = await part(start, start + tail.getUint32(end + 12, true));
+  for (let at = 0; at + 46 <= directory.byteLength; ) {
+    const [nameBytes, extra, comment] = [28, 30, 32].map((offset) => directory.getUint16(at + offset, true));
+    const [isStored, size] = [directory.getUint16(at + 10, true) === 0, directory.getUint32(at + 24, true)];
+    if (text(directory, at + 46, nameBytes) === "recipe.json" && isStored && size <= MAX_RECIPE_BYTES) {
+      const local = directory.getUint32(at + 42, true);
+      const header = await part(local, local + 30);
+      const data = local + 30 + header.getUint16(26, true) + header.getUint16(28, true);
+      return file.slice(data, data + size).text();
+    }
+    at += 46 + nameBytes + extra + comment;
   }
   throw new Error("no recipe");
 }

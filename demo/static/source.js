@@ -62,12 +62,19 @@ export class Source {
 
   /** Play a file here in the browser; only its scaled frames are sent. */
   async file(file) {
+    if (file.type && !file.type.startsWith("video/")) throw new SourceError("not_a_video");
     if (file.size > MAX_FILE_BYTES) throw new SourceError("file_too_large");
+    const playing = this.turn;
     const src = URL.createObjectURL(file);
+    const failure = await failureOf(src);
+    if (failure || this.turn !== playing) {
+      URL.revokeObjectURL(src);
+      if (failure) throw new SourceError(failure);
+      return; // another source was chosen meanwhile
+    }
     this.#release("file");
     this.objectUrl = src;
     await this.#play({ src, loop: true }, "file_unreadable");
-    if (this.video.duration > MAX_FILE_S) throw new SourceError("file_too_long");
   }
 
   pause(paused) {
@@ -119,4 +126,17 @@ export class Source {
     this.due = Math.max(this.due, now - interval) + interval;
     this.onFrame(this.video, now);
   };
+}
+
+/** Why a file cannot be a source, before the source that plays now is let go; undefined: it can. */
+function failureOf(src) {
+  const probe = Object.assign(document.createElement("video"), { preload: "metadata", muted: true });
+  return new Promise((done) => {
+    probe.onerror = () => done("file_unreadable");
+    probe.onloadedmetadata = () => {
+      const isLong = Number.isFinite(probe.duration) && probe.duration > MAX_FILE_S; // a browser's own WebM has no end
+      done(probe.videoWidth ? (isLong ? "file_too_long" : undefined) : "not_a_video");
+    };
+    probe.src = src;
+  });
 }

@@ -21,7 +21,9 @@ export class Stage {
     document.addEventListener("keydown", (event) => this.#key(event));
   }
 
-  resize([width, height]) {
+  /** A stream is ready; until its first picture comes the stage says so. */
+  begin([width, height]) {
+    this.waitFor(this.stage.classList.contains("has-output") ? "" : "Starting the model …");
     for (const canvas of [this.input, this.output]) {
       if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
     }
@@ -61,6 +63,20 @@ export class Stage {
   showSource(kind) {
     press(this.root.querySelectorAll("[data-source]"), "source", kind);
     this.root.querySelector("#sd-camera").hidden = kind !== "camera";
+  }
+
+  /** [{id, name}] of cameras, and which one is on. */
+  listCameras(cameras, chosen) {
+    const options = cameras.map(({ id, name }) => new Option(name, id, false, id === chosen));
+    this.root.querySelector("#sd-device").replaceChildren(...options);
+  }
+
+  /** {seconds} of a recording that runs, null without one. */
+  showRecording(recording) {
+    this.toggle("record", Boolean(recording), recording ? "Stop" : "Record");
+    const note = this.root.querySelector("#sd-recording");
+    note.hidden = !recording;
+    note.textContent = recording ? `recording ${Math.floor(recording.seconds)} s` : "";
   }
 
   toggle(id, pressed, label) {

@@ -3,10 +3,10 @@
    file, so the page works below any path and on https. */
 
 import { Frames } from "./frames.js";
-import { Messages, NO_RECIPE, PLAYING, RECORDING } from "./messages.js";
+import { Messages, NO_RECIPE, PLAYING, RECORDING, inLine, recorded } from "./messages.js";
 import { Meters, timeLeft } from "./meters.js";
 import { Player } from "./player.js";
-import { downloadRecipe, downloadSnapshot, offerDownloads, readRecipe } from "./recipe.js";
+import { downloadRecipe, downloadSnapshot, mayHoldRecipe, offerDownloads, readRecipe } from "./recipe.js";
 import { Settings, readSettings } from "./settings.js";
 import { Socket } from "./socket.js";
 import { Source, SourceError } from "./source.js";
@@ -75,14 +75,16 @@ class StreamDiff {
   /** Play from "sample", "camera" (argument: device id), "file" (argument: File) or "screen". */
   async use(kind, argument) {
     this.messages.clear();
+    const { turn } = this.source;
     try {
       await this.source[kind](argument);
       this.#shown();
-      if (kind === "camera") await this.#listCameras();
+      if (kind === "camera") this.stage.listCameras(await this.source.cameras(), this.source.cameraId);
       if (this.socket.ready && this.source.kind === kind) this.messages.say(PLAYING[kind]);
     } catch (error) {
       if (!(error instanceof SourceError)) throw error;
-      await this.#fallBack(error.code);
+      if (this.source.turn === turn) this.messages.fail(error.code); // what played before plays on
+      else await this.#fallBack(error.code);
     }
   }
 
@@ -137,10 +139,10 @@ class StreamDiff {
   // --- messages of the server -----------------------------------------------------------------------------------
 
   #ready(ready) {
-    this.messages.clear("lost", "waiting", "server_full", "worker_crash", "model_missing");
+    this.messages.clear("lost", "server_full", "worker_crash", "model_missing");
     this.player.reset();
     this.meters.reset();
-    this.stage.resize(ready.size);
+    this.stage.begin(ready.size);
     this.#showRecording(null);
     this.#chip("link", "live", "live");
     this.#chip("model", `${ready.preset} on ${ready.device}`);
@@ -163,13 +165,17 @@ class StreamDiff {
   }
 
   #stats(stats) {
+    if (stats.waiting) return this.#wait(stats.waiting);
     this.stats = stats;
     this.meters.showStats(stats);
     this.#chip("sessions", stats.sessions > 1 ? `${stats.sessions} viewers` : "");
     this.#chip("time", timeLeft(stats.seconds_left));
     this.#showRecording(stats.recording);
-    if (stats.waiting) this.messages.waiting(stats.waiting);
-    else this.messages.clear("waiting");
+  }
+
+  #wait(place) {
+    this.#chip("link", "in line", "wait");
+    this.stage.waitFor(inLine(place));
   }
 
   #applied(applied) {
@@ -195,9 +201,10 @@ class StreamDiff {
     if (error.code === "bad_setting") this.settings.refused();
   }
 
-  #recorded({ url, mp4, recipe, seconds, frames }) {
+  #recorded(recording) {
+    const { url, mp4, recipe } = recording;
     offerDownloads(this.root, ROOT, { mp4, zip: url, recipe });
-    this.messages.say(`Recorded ${seconds.toFixed(1)} s, ${frames} frames.`);
+    this.messages.say(recorded(recording));
     this.#showRecording(null);
   }
 
@@ -230,7 +237,7 @@ class StreamDiff {
   }
 
   async #open(file) {
-    if (!/\.(json|png)$/i.test(file.name)) return this.use("file", file);
+    if (!mayHoldRecipe(file)) return this.use("file", file);
     this.messages.clear("bad_recipe");
     const loaded = readRecipe(file).then((recipe) => this.load(recipe));
     await loaded.catch(() => this.messages.fail("bad_recipe"));
@@ -268,18 +275,9 @@ class StreamDiff {
     this.stage.toggle("pause", this.source.paused, this.source.paused ? "Play" : "Pause");
   }
 
-  async #listCameras() {
-    const chosen = this.source.cameraId;
-    const options = (await this.source.cameras()).map(({ id, name }) => new Option(name, id, false, id === chosen));
-    this.root.querySelector("#sd-device").replaceChildren(...options);
-  }
-
   #showRecording(recording) {
     this.recording = recording ?? null;
-    this.stage.toggle("record", Boolean(recording), recording ? "Stop" : "Record");
-    const note = this.root.querySelector("#sd-recording");
-    note.hidden = !recording;
-    note.textContent = recording ? `recording ${Math.floor(recording.seconds)} s` : "";
+    this.stage.showRecording(recording);
   }
 
   #chip(id, text, state) {

@@ -92,7 +92,7 @@ def test_model_missing(open_page, tmp_path):
 
 
 def test_server_full(open_page):
-    with served("--pipe", "transparent", "--max-streams", "1") as server:
+    with served("--pipe", "transparent", "--max-streams", "1", "--max-waiting", "0") as server:
         first = open_page(server.url)
         wait_for_frames(first)
         second = open_page(server.url)
@@ -101,6 +101,26 @@ def test_server_full(open_page):
         first.context.browser.close()
         second.get_by_test_id("banner-action").click()
         wait_for_frames(second, 8)
+
+
+def test_a_full_house_has_a_line_and_who_waits_starts_by_itself(open_page):
+    with served("--pipe", "transparent", "--max-streams", "1", "--max-waiting", "2") as server:
+        first = open_page(server.url)
+        wait_for_frames(first)
+        second, third = open_page(server.url), open_page(server.url)
+        for number, page in ((1, second), (2, third)):
+            page.wait_for_selector(f"#sd-wait:text('You are number {number} in line, about ')", timeout=20_000)
+            assert page.get_by_test_id("link").inner_text() == "in line"
+            assert page.get_by_test_id("banner").is_hidden() and metrics(page)["drawn"] == 0
+        third.get_by_test_id("style-oil").click()  # chosen in line, in force from the start
+        first.context.browser.close()
+        wait_for_frames(second, 8)
+        assert second.get_by_test_id("wait").is_hidden() and second.get_by_test_id("link").inner_text() == "live"
+        third.wait_for_selector("#sd-wait:text('You are number 1 in line')", timeout=20_000)
+        second.context.browser.close()
+        wait_for_frames(third, 8)
+        third.wait_for_function("() => window.streamdiff.settings.goodPrompt.includes('oil')", timeout=20_000)
+        assert third.problems == []
 
 
 def test_lost_connection_comes_back_by_itself(open_page):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
-from tests.browser.page import metrics, wait_for_frames
+import pytest
+
+from tests.browser.conftest import served
+from tests.browser.page import metrics, use_camera, wait_for_frames
 
 PROMPT = "() => window.streamdiff.settings.prompt"
 DROP = """
@@ -67,6 +71,49 @@ def test_dropped_files(transparent, open_page):
     assert page.get_by_test_id("banner").is_hidden()
     assert "<img src=x" in page.get_by_test_id("status").inner_text()
     assert page.evaluate("() => window.evil") is None and page.problems == []
+
+
+def test_a_recording_s_bundle_brings_its_settings_back(transparent, open_page, tmp_path):
+    page = open_page(transparent.url)
+    wait_for_frames(page, 8)
+    recipe = {"prompt": "seen in the bundle", "options": {"steps": 1}, "events": []}
+    for name, inside in (("other.zip", "notes.txt"), ("recording.zip", "recipe.json")):
+        with zipfile.ZipFile(tmp_path / name, "w") as bundle:
+            bundle.writestr("recording.mp4", bytes(100_000))
+            bundle.writestr(inside, json.dumps(recipe))
+    page.get_by_test_id("file-input").set_input_files(tmp_path / "other.zip")
+    page.wait_for_selector("#sd-banner[data-code='bad_recipe']:not([hidden])")
+    assert page.evaluate(PROMPT) != recipe["prompt"]
+    page.get_by_test_id("file-input").set_input_files(tmp_path / "recording.zip")
+    page.wait_for_function("() => window.streamdiff.settings.goodPrompt === 'seen in the bundle'")
+    page.wait_for_function("() => window.streamdiff.settings.good.steps === 1")
+    assert metrics(page)["source"] == "sample" and page.get_by_test_id("banner").is_hidden()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [("notes.txt", b"no video", "not_a_video"), ("clip.mp4", b"no video either", "file_unreadable")],
+)
+def test_what_is_no_video_leaves_the_camera_on(transparent, open_page, cameras, tmp_path, name, content, code):
+    page = open_page(transparent.url, cameras[0])
+    use_camera(page)
+    (tmp_path / name).write_bytes(content)
+    page.get_by_test_id("file-input").set_input_files(tmp_path / name)
+    page.wait_for_selector(f"#sd-banner[data-code='{code}']:not([hidden])")
+    before = metrics(page)
+    assert before["source"] == "camera" and not before["paused"]
+    wait_for_frames(page, before["drawn"] + 12)
+
+
+def test_a_recording_that_reaches_its_limit_says_so_and_is_offered(open_page):
+    with served("--pipe", "transparent", "--recording-seconds", "2") as server:
+        page = open_page(server.url)
+        wait_for_frames(page, 8)
+        page.get_by_test_id("record").click()
+        page.get_by_test_id("downloads").wait_for(timeout=30_000)
+        assert "stopped by itself at its limit of 2 s: save it here" in page.get_by_test_id("status").inner_text()
+        assert page.get_by_test_id("recording").is_hidden()
+        assert page.get_by_test_id("record").get_attribute("aria-pressed") == "false"
 
 
 def test_a_refused_prompt_is_not_asked_for_again(transparent, open_page):

@@ -176,7 +176,7 @@ def test_a_recording_is_downloaded_with_its_token_only(server, monkeypatch):
         page.wait_for_frames(5)
         page.say("record", action="stop")
         event = page.wait_for("recording")
-        assert event["frames"] == 5 and event["seconds"] >= 0
+        assert event["frames"] == 5 and event["seconds"] >= 0 and event["limit"] is None
         bundle = server.get("/" + event["url"])
         with zipfile.ZipFile(io.BytesIO(bundle.content)) as packed:
             assert sorted(packed.namelist()) == ["input.mkv", "recipe.json", "recording.mp4"]
@@ -279,7 +279,7 @@ def test_leaving_frees_the_stream_at_once():
 
 
 def test_a_full_server_says_so():
-    with Server(max_streams=1) as server, server.opened(), server.connected() as page:
+    with Server(max_streams=1, max_waiting=0) as server, server.opened(), server.connected() as page:
         page.say("start", prompt="ink")
         error = page.wait_for("error")
         assert (error["code"], error["fatal"]) == ("server_full", True) and "all 1 places" in error["sentence"]
