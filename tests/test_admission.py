@@ -49,6 +49,21 @@ def test_a_limit_on_streams_holds_whatever_the_load():
     assert admit(streams(1, fps=1.0)[0], streams(1, fps=1.0), MODEL, admission=few).verdict == "wait"
 
 
+def test_the_guaranteed_come_in_whatever_the_load_and_the_next_waits():
+    """A laptop that cannot keep up with the camera even for one: two viewers get fewer frames, a third a place in line."""
+    rules = AdmissionOptions(guaranteed=2, max_streams=4)
+    new = streams(1, fps=120.0)[0]
+    assert [admit(new, streams(n, fps=120.0), MODEL, admission=rules).verdict for n in range(3)] == [
+        "accept", "accept", "wait",
+    ]  # fmt: skip
+    assert admit(new, [], MODEL, admission=rules, num_waiting=1).verdict == "wait", "nobody jumps the line"
+    one = AdmissionOptions(guaranteed=2, max_streams=1)
+    answer = admit(new, streams(1, fps=120.0), MODEL, admission=one)
+    assert answer.verdict == "wait" and answer.sentence.startswith("all 1 places are taken; you are number 1 in line")
+    light = AdmissionOptions(guaranteed=1)
+    assert admit(streams(1)[0], streams(2), MODEL, admission=light).verdict == "accept", "load still lets more in"
+
+
 def test_ttff_counts_the_chunk_filling_the_running_tick_and_its_own():
     """5 frames at 8 fps fill in 500 ms; alone: encode 3.5, two forwards of 52, decode 19."""
     new = streams(1)[0]

@@ -362,6 +362,24 @@ def test_a_newcomer_waits_in_line_and_comes_in_when_someone_leaves(engine):
     assert not running.line.waiting and running.figures()["refused"] == 1 and running.figures()["streams"] == 3
 
 
+def test_the_time_in_line_is_not_taken_off_the_stream_s(engine):
+    now_s = [0.0]
+    rules = AdmissionOptions(mean_stay_s=10.0)
+    running = engine(max_streams=1, admission=rules, lifetime_s=100.0, clock=lambda: now_s[0])
+    inside, waiting = Viewer(running).began(), Viewer(running)
+    now_s[0] = 80.0
+    running.close(inside.stream)
+    waiting.began()
+    now_s[0] = 150.0
+    assert running.seconds_left(waiting.stream) == 30.0
+    last = Viewer(running)
+    last.until(lambda: last.of_type("stats"))
+    assert last.of_type("stats")[0]["waiting"]["estimate_s"] == 80.0, "the one stay so far"
+    running.close(waiting.stream)
+    last.began()
+    assert running.line._rules.mean_stay_s == 75.0, "stays of 80 and 70 s"
+
+
 def test_a_stuck_model_is_told_to_everybody(engine):
     pipe = IdentityPipeline()
     running = engine(pipe, stuck_s=0.3)

@@ -23,6 +23,7 @@ from websockets.sync.client import connect
 from demo.app import create_app, listen, make_server
 from streamdiff_core import live_connection as live
 from streamdiff_core.config import PRESETS
+from streamdiff_core.latency_model import Line
 from streamdiff_core.live_stream import MAX_WISHES
 
 
@@ -276,6 +277,18 @@ def test_leaving_frees_the_stream_at_once():
             second.wait_for_frames(5)
             assert server.engine.num_streams == pipe.num_open == 2 and server.engine.nbytes > 0
         until(lambda: server.engine.num_streams == pipe.num_open == server.engine.nbytes == 0)
+
+
+def test_two_viewers_come_in_whatever_the_model_can_do_and_a_third_waits_in_line():
+    """A machine too slow for one camera: two tabs still both run, with fewer frames."""
+    with Server() as server:
+        until(lambda: server.engine.is_ready)
+        server.engine.turns.model.line = lambda stage: Line(1.0, 500.0)
+        with server.opened(steps=1), server.opened(steps=1), server.connected() as third:
+            third.say("start", prompt="ink")
+            assert third.wait_for("stats")["waiting"]["position"] == 1
+        with server.opened(steps=1):
+            pass
 
 
 def test_a_full_server_says_so():
