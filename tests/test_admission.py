@@ -50,7 +50,7 @@ def test_a_limit_on_streams_holds_whatever_the_load():
 
 
 def test_the_guaranteed_come_in_whatever_the_load_and_the_next_waits():
-    """A laptop that cannot keep up with the camera even for one: two viewers get fewer frames, a third a place in line."""
+    """A laptop too slow for one camera: two viewers get fewer frames, a third a place in line."""
     rules = AdmissionOptions(guaranteed=2, max_streams=4)
     new = streams(1, fps=120.0)[0]
     assert [admit(new, streams(n, fps=120.0), MODEL, admission=rules).verdict for n in range(3)] == [

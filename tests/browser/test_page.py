@@ -46,6 +46,32 @@ def test_full_screen_can_be_left_where_the_browser_has_none(transparent, open_pa
     assert page.get_by_test_id("stage").bounding_box()["height"] < 600
 
 
+def test_before_the_first_picture_the_whole_input_is_shown(open_page):
+    with served("--pipe", "transparent", "--max-streams", "1") as server:
+        first = open_page(server.url)
+        wait_for_frames(first)
+        page = open_page(server.url, viewport={"width": 390, "height": 844})
+        page.wait_for_selector("#sd-wait:text('You are number 1 in line')", timeout=20_000)
+        clip = "() => getComputedStyle(document.querySelector('.sd-before')).clipPath"
+        assert page.evaluate(clip) == "none" and not page.locator("#sd-divider").is_visible()
+        stage, words = (page.get_by_test_id(name).bounding_box() for name in ("stage", "wait"))
+        assert words["x"] >= stage["x"] and words["x"] + words["width"] <= stage["x"] + stage["width"]
+        first.context.browser.close()
+        wait_for_frames(page)
+        assert page.evaluate(clip) != "none" and page.locator("#sd-divider").is_visible()
+
+
+def test_choosing_a_style_moves_none_of_the_others(transparent, open_page):
+    page = open_page(transparent.url)
+    places = (
+        "() => [...document.querySelectorAll('.sd-style img')].map((i) => JSON.stringify(i.getBoundingClientRect()))"
+    )
+    before = page.evaluate(places)
+    page.get_by_test_id("style-watercolour").click()
+    page.wait_for_selector("[data-testid=style-watercolour][aria-pressed=true]")
+    assert page.evaluate(places) == before
+
+
 def test_a_snapshot_brings_its_settings_back(transparent, open_page, tmp_path):
     page = open_page(transparent.url)
     page.get_by_test_id("style-oil").click()
