@@ -52,6 +52,8 @@ class BenchOptions:
     """``auto``, ``cpu``, ``cuda``."""
     dtype: str = "auto"
     """``auto``, ``float32``, ``bfloat16``."""
+    quantisation: str | None = None
+    """As for ``StreamPipeline.from_preset``."""
     weights: str | None = None
     """Folder of weights in place of the bundled ones."""
     random_weights: bool = False
@@ -81,12 +83,14 @@ def run_benchmark(options: BenchOptions, progress: Callable[[str], None] = lambd
     width, height = options.size or (pipe.preset.width, pipe.preset.height)
     frames = source_frames(options.source, width, height)
     progress("peak of matrix products")
-    peaks = gemm_peaks(pipe.device)
+    peaks = gemm_peaks(pipe.device, with_int8=options.quantisation == "w8a8")
     runs = []
     for steps in options.steps:
         progress(f"{steps} step{'s' if steps > 1 else ''}")
         runs.append(measure_stream(pipe, frames, options, steps, width, height))
-    again = gemm_peaks(pipe.device)  # the machine may have been slower in one of the two moments
+    again = gemm_peaks(
+        pipe.device, with_int8="int8" in peaks
+    )  # the machine may have been slower in one of the two moments
     peaks = {name: max(peaks[name], again[name]) for name in peaks}
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
     for run in runs:
@@ -105,6 +109,7 @@ def run_benchmark(options: BenchOptions, progress: Callable[[str], None] = lambd
         "vae": options.vae,
         "device": str(pipe.device),
         "dtype": dtype,
+        "quantisation": options.quantisation,
         "weights": "random" if options.random_weights else "of the caller" if options.weights else "bundled",
         "source": options.source or "synthetic",
         "width": width,
@@ -195,9 +200,15 @@ def _linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -
     return 2 * math.prod(x) * weight[0]
 
 
+def _int8_linear_flops(x: Sequence[int], _step: float, _zero: int, weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """The same with the weight packed as [D, D']."""
+    return 2 * math.prod(x) * weight[1]
+
+
 UNCOUNTED = {
     ("aten", "_scaled_dot_product_flash_attention_for_cpu"): _attention_flops,
     ("mkldnn", "_linear_pointwise"): _linear_flops,
+    ("onednn", "qlinear_pointwise"): _int8_linear_flops,
 }
 
 
@@ -224,9 +235,9 @@ def add_expectations(run: dict[str, Any], preset: str, size: tuple[int, int], ha
         run["predicted_fps"], run["predicted_chunk_ms"] = expected.fps, 1e3 * CHUNK_FRAMES / expected.fps
 
 
-def gemm_peaks(device: torch.device) -> dict[str, float]:
-    """FLOP/s of square matrix products in both number types, now."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+def gemm_peaks(device: torch.device, with_int8: bool = False) -> dict[str, float]:
+    """FLOP/s of square matrix products in both number types, and in int8 where that is used, now."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16} | ({"int8": torch.int8} if with_int8 else {})
     return {name: measure_gemm_peak_flops(dtype, device) for name, dtype in dtypes.items()}
 
 
@@ -237,5 +248,6 @@ def load_pipeline(options: BenchOptions) -> StreamPipeline:
     if options.shrink > 1:
         raise ValueError("trained weights have one size; shrink goes with random weights only")
     return StreamPipeline.from_preset(
-        options.preset, device=options.device, dtype=options.dtype, weights=options.weights, vae=options.vae
-    )
+        options.preset, device=options.device, dtype=options.dtype, weights=options.weights, vae=options.vae,
+        quantisation=options.quantisation,
+    )  # fmt: skip

@@ -21,7 +21,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         ("threads", machine["torch_threads"]),
         ("CPU has bf16", "yes" if machine["cpu_has_bf16"] else "no"),
         ("preset, size", f"{result['preset']}{_shrunken(result)}, {result['width']}×{result['height']}"),
-        ("number type", f"{result['dtype']} on {result['device']}"),
+        ("number type", f"{result['dtype']}{_rounded(result)} on {result['device']}"),
         ("weights, input", f"{result['weights']}, {result['source']}"),
         ("GEMM peak in this run", ", ".join(f"{name} {_tera(peak)}" for name, peak in peaks.items())),
         ("load", f"{result['load_s']:.2f} s"),
@@ -80,8 +80,9 @@ def to_lines(result: dict[str, Any]) -> list[str]:
     """What a person at the terminal wants to see first."""
     peaks = ", ".join(f"{name} {_tera(peak)}" for name, peak in result["gemm_peak_flops_per_s"].items())
     size = f"{result['width']}×{result['height']}"
+    number = result["dtype"] + _rounded(result)
     lines = [
-        f"{result['preset']}{_shrunken(result)} {size}, {result['dtype']}, {result['machine']['hardware']}",
+        f"{result['preset']}{_shrunken(result)} {size}, {number}, {result['machine']['hardware']}",
         f"load {result['load_s']:.2f} s, peak memory {_memory(result)}, matrix product peak {peaks}",
     ]
     for run in result["runs"]:
@@ -122,6 +123,11 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
 
 def _shrunken(result: dict[str, Any]) -> str:
     return f" shrunken by {result['shrink']}: not the full size" if result["shrink"] > 1 else ""
+
+
+def _rounded(result: dict[str, Any]) -> str:
+    kind = result["quantisation"]
+    return f", {kind}" if kind else ""
 
 
 def _stage(run: dict[str, Any], name: str) -> str:

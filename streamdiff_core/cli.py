@@ -170,6 +170,7 @@ def bench_command(args: argparse.Namespace) -> int:
         preset=args.preset, steps=args.steps, schedule=args.schedule, size=args.size, num_chunks=args.chunks,
         source=args.input, device=args.device, dtype=args.dtype, weights=args.weights,
         random_weights=args.random_weights, compare_eager=not args.no_eager, vae=args.vae, shrink=args.shrink,
+        quantisation=args.quantise,
     )  # fmt: skip
     result = bench.run_benchmark(options, progress=lambda what: print(f"measuring: {what}", file=sys.stderr))
     report = bench_report.save_report(result, args.report or None) if args.report is not None else None

@@ -18,7 +18,7 @@ POLICIES, SCHEDULES = (
 )
 """Read off the files, so that ``--help`` need not import them."""
 DTYPES = ("auto", "float32", "bfloat16", "float64")
-QUANTISATIONS = ("int8", "fp8")
+QUANTISATIONS = ("int8", "fp8", "w8a8")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE[=STRENGTH]",
         help="merge a LoRA; may be repeated",
     )
-    model.add_argument("--quantise", choices=QUANTISATIONS, help="weights in int8 or fp8 (needs torchao)")
+    model.add_argument(
+        "--quantise",
+        choices=QUANTISATIONS,
+        help="weights in int8 or fp8 (needs torchao), or "
+        "weights and activations in 8 bits (w8a8: preset tiny, CPU with VNNI)",
+    )
     model.add_argument("--threads", type=positive(int), help="CPU threads (default: PyTorch's choice)")
     _add_run(commands.add_parser("run", parents=[common, model], help="restyle a video", epilog=RUN_NOTES))
     _add_compare(

@@ -12,7 +12,7 @@ Shapes: B rows, F latent frames, C channels, h x w latent size, P = tokens per f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,9 @@ def motion_presence(xt: Tensor, motion: Tensor, sigma: Tensor, margin: float = 1
 class Block(nn.Module):
     """One DiT block: modulated self-attention, cross-attention, modulated feed-forward."""
 
+    int8: Callable[..., Tensor] | None = None
+    """What computes this block's streams instead, from copies of its weights (``int8_blocks``)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim = config.dim
@@ -81,6 +84,8 @@ class Block(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """x [B, F, P, D], time [B, F, 6, D] -> [B, F, P, D]."""
+        if self.int8 is not None and views is not None:
+            return self.int8(x, time, layer, prompt, rotations, views)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(3).unbind(2)
         y = modulate(F.layer_norm(x, x.shape[-1:], eps=self.eps), shift1, scale1)
         y = self.self_attn(y.flatten(1, 2), layer, rotations, views, mask).view_as(x)
@@ -219,7 +224,7 @@ class CausalWanTransformer(nn.Module):
         x = tokens.x
         for layer, block in enumerate(self.blocks):
             x = block(x, tokens.time6, layer, _prompt_rows(prompts, layer), rotations, views, mask)
-        return Tokens(x, tokens.time, tokens.time6)
+        return Tokens(x.to(tokens.x.dtype), tokens.time, tokens.time6)
 
     def predict(self, tokens: Tokens, xt: Tensor, timestep: Tensor) -> Tensor:
         """Last part: tokens -> velocity [B, F, C, h, w], float32 or better; ``xt`` is what ``embed`` was given."""

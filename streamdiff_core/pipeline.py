@@ -23,6 +23,7 @@ from streamdiff_core.config import CacheConfig, Preset, get_preset
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.engine import Engine
 from streamdiff_core.full_size import load_modules
+from streamdiff_core.int8_blocks import RANGES_FILE, Int8Ranges, use_int8
 from streamdiff_core.lora import merge_lora
 from streamdiff_core.memory_need import PROMPT_BYTES
 from streamdiff_core.parallel.stage import StagePart
@@ -44,6 +45,8 @@ class StreamPipeline:
     """Weights of one preset on one device; ``start`` makes streams."""
 
     session_type: type[StreamSession] = StreamSession
+    int8_ranges: Int8Ranges | None = None
+    """What activations are rounded with under ``quantisation="w8a8"``."""
 
     def __init__(
         self, preset: Preset, transformer: CausalWanTransformer, vae: StreamingVAE, text_encoder: TextEncoder
@@ -76,7 +79,8 @@ class StreamPipeline:
                 transformer's checkpoint.
             vae: full-size presets: ``wan``, or the file of a TAEHV.
             lora: {file or hub repository: strength}, merged into the transformer in this order.
-            quantisation: ``int8`` or ``fp8`` weights through torchao; default none.
+            quantisation: ``int8`` or ``fp8`` weights through torchao; ``w8a8`` for weights and activations in 8 bits
+                on a CPU with VNNI instructions (``tiny``, or ``weights`` with their ranges); default none.
 
         Raises:
             ValueError: unknown preset, device, dtype or quantisation.
@@ -87,7 +91,9 @@ class StreamPipeline:
         for source, strength in (lora or {}).items():
             logger.info("%s", merge_lora(modules[0], source, strength))
         pipe = cls.from_modules(preset, *modules)
-        if quantisation:
+        if quantisation == "w8a8":
+            pipe.int8_ranges = use_int8(pipe.transformer, _folder(preset, weights) / RANGES_FILE)
+        elif quantisation:
             quantise(pipe.transformer, quantisation)
         return pipe
 
@@ -186,7 +192,7 @@ class StreamPipeline:
     @cached_property
     def model_sha256(self) -> str:
         """Hash of all weights as loaded (number type, LoRA and quantisation count); computed once, when first asked."""
-        return hash_weights((self.transformer, self.vae, self.text_encoder))
+        return hash_weights((self.transformer, self.vae, self.text_encoder, self.int8_ranges))
 
     def with_cache(self, **changes: object) -> CacheConfig:
         """The preset's cache configuration with some fields changed."""
@@ -218,7 +224,7 @@ def load_preset(
             quantisation=quantisation,
             part=part,
         )
-    folder = Path(weights) if weights else ASSETS / preset.name
+    folder = _folder(preset, weights)
     with torch.device("meta"):  # no time spent on random weights that are overwritten at once
         transformer, small_vae, text = (
             CausalWanTransformer(preset.model), TinyVAE(preset.vae), TinyTextEncoder(preset.text),
@@ -229,6 +235,11 @@ def load_preset(
     if part is not None:
         part.keep(transformer)
     return transformer.to(place, number), cast_vae(small_vae, place, number), text.to(place)
+
+
+def _folder(preset: Preset, weights: str | Path | None) -> Path:
+    """Where a bundled preset's files lie."""
+    return Path(weights) if weights else ASSETS / preset.name
 
 
 def pick_device(device: str) -> torch.device:

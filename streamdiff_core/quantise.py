@@ -20,7 +20,7 @@ def quantise(model: nn.Module, kind: str) -> nn.Module:
         ValueError: unknown kind, or torchao is not installed.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown quantisation {kind!r}; use one of {', '.join(KINDS)}")
+        raise ValueError(f"unknown quantisation {kind!r}; use one of {', '.join(KINDS)}, or w8a8 for 8-bit products")
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:

@@ -274,9 +274,9 @@ def measure_gemm_peak_flops(
         if best and 3 * 2 * size**3 / best > end_s - time.perf_counter():  # a first call and two repeats
             break
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        out = torch.empty(size, size, dtype=dtype, device=device)
+        out = torch.empty(size, size, dtype=torch.int32 if dtype == torch.int8 else dtype, device=device)
         stop_s = time.perf_counter() + share_s
-        torch.mm(a, b, out=out)  # first call: kernel choice, packing buffers
+        _multiply(a, b, out)  # first call: kernel choice, packing buffers
         while True:
             best = max(best, 2 * size**3 / _one_gemm_s(a, b, out))
             if time.perf_counter() >= stop_s:
@@ -284,17 +284,21 @@ def measure_gemm_peak_flops(
     return best
 
 
+def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    (torch._int_mm if a.dtype == torch.int8 else torch.mm)(a, b, out=out)
+
+
 def _one_gemm_s(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, repeats_on_cuda: int = 10) -> float:
     """Seconds of one product; on CUDA the mean of a few, timed by events so that launches do not count."""
     if a.device.type != "cuda":
         start_s = time.perf_counter()
-        torch.mm(a, b, out=out)
+        _multiply(a, b, out)
         return time.perf_counter() - start_s
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(a.device)
     start.record()
     for _ in range(repeats_on_cuda):
-        torch.mm(a, b, out=out)
+        _multiply(a, b, out)
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / repeats_on_cuda

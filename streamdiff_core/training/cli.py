@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from streamdiff_core.config import get_preset
@@ -25,8 +26,9 @@ from streamdiff_core.types import CheckpointError, VideoReadError
 from streamdiff_core.vae import TinyVAE
 from streamdiff_core.weights import load_checkpoint, save_checkpoint
 
-STAGES = ("text", "prepare", "decoder", "dit", "refine", "export", "evaluate")
+STAGES = ("text", "prepare", "decoder", "dit", "refine", "export", "ranges", "evaluate")
 PRESET = "tiny"
+RANGE_FRAMES = 25
 NEEDED_CLIPS = {stage: ("clips", "val") for stage in ("prepare", "decoder", "refine", "all")} | {"evaluate": ("val",)}
 
 
@@ -158,6 +160,24 @@ def run_export(args: argparse.Namespace) -> None:
     save_checkpoint(_text_encoder(args), args.out / "text_encoder.safetensors", metadata={})
     for run in ("dit", "decoder", "refine", "text"):
         shutil.copy(args.work / run / "metrics.csv", args.out / f"{run}_metrics.csv")
+
+
+def run_ranges(args: argparse.Namespace) -> None:
+    """Watch the exported model restyle the sample clip in every style: the ranges of its 8-bit activations."""
+    from streamdiff_core.int8_blocks import RANGES_FILE, measure_ranges
+    from streamdiff_core.pipeline import StreamPipeline
+    from streamdiff_core.training.prompts import DEFAULT_PROMPTS
+    from streamdiff_core.video_io import read_video
+
+    pipe = StreamPipeline.from_preset(PRESET, weights=args.out, dtype="float32", device="cpu")
+    frames = np.stack(list(read_video("sample", max_seconds=2)))[:RANGE_FRAMES]
+    with measure_ranges(pipe.transformer) as ranges:
+        for prompt in DEFAULT_PROMPTS.values():
+            with pipe.start(prompt, seed=args.seed) as session:
+                session.push(frames)
+                session.flush()
+    rounded = [[[float(f"{x:.4g}") for x in span] for span in block] for block in ranges]
+    (args.out / RANGES_FILE).write_text(json.dumps(rounded) + "\n", encoding="utf-8")
 
 
 def run_unpack(args: argparse.Namespace) -> None:
