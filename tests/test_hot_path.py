@@ -90,11 +90,13 @@ def test_forward_at_480p_never_waits(name):
 
 
 def test_steady_state_repeats_the_same_operations():
-    """From a full cache on every forward starts the same kernels, as recording them once (CUDA graphs) needs."""
+    """Once a full cache has turned around, every forward starts the same kernels, as recording them once (CUDA graphs)
+    needs; until then each order of the slots gets its rotation.
+    """
     preset = get_preset("wan-1.3b")
     packed = replace(preset, cache=replace(preset.cache, positions="packed"))
-    counts = [(c.num_ops, c.num_copies) for c, _ in forwards(packed, count=10)]
-    assert len(set(counts[7:])) == 1 and counts[-1][1] == 1
+    counts = [(c.num_ops, c.num_copies) for c, _ in forwards(packed, count=12)]
+    assert len(set(counts[9:])) == 1 and counts[-1][1] == 1
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from streamdiff_core import StreamPipeline, int8_blocks
 from streamdiff_core.bench import count_chunk_flops
 from streamdiff_core.config import CacheConfig, ModelConfig
 from streamdiff_core.dit import CausalWanTransformer
-from streamdiff_core.int8_blocks import Int8Linear, has_int8, measure_ranges, use_int8
+from streamdiff_core.int8_blocks import RANGES_FILE, Int8Linear, has_int8, measure_ranges, use_int8
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.metrics import psnr
+from streamdiff_core.pipeline import ASSETS
+from streamdiff_core.training import cli, prompts
 from streamdiff_core.types import CheckpointError
 from streamdiff_core.video_io import read_video
 
@@ -173,3 +176,19 @@ def test_every_policy_runs(policy, clip):
     pipe = StreamPipeline.from_preset("tiny", device="cpu", dtype="bfloat16", quantisation="w8a8")
     out = restyled(pipe, np.repeat(clip[:, :128, :128], 2, axis=0), policy=policy, width=64, height=64)
     assert len(out) == 2 * len(clip) and out.std() > 5
+
+
+def test_the_bundled_ranges_come_from_the_command(tmp_path, monkeypatch):
+    """A shorter look at the same streams sees no more than the file says."""
+    out = shutil.copytree(ASSETS / "tiny", tmp_path / "tiny")
+    bundled = torch.tensor(json.loads((out / RANGES_FILE).read_text()))
+    (out / RANGES_FILE).unlink()
+    monkeypatch.setattr(cli, "RANGE_FRAMES", 5)
+    monkeypatch.setattr(prompts, "DEFAULT_PROMPTS", {"neon": prompts.DEFAULT_PROMPTS["neon"]})
+    assert cli.main(["ranges", "--out", str(out), "--threads", "1"]) == 0
+    seen = torch.tensor(json.loads((out / RANGES_FILE).read_text()))
+    slack = 1e-3 * bundled.abs()
+    assert (seen[..., 0] >= bundled[..., 0] - slack[..., 0]).all() and (
+        seen[..., 1] <= bundled[..., 1] + slack[..., 1]
+    ).all()
+    assert (seen.abs() > 0.2 * bundled.abs()).all()
