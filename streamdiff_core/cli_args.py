@@ -183,7 +183,8 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
     p.add_argument("--host", help="address to listen on (default this computer only; 0.0.0.0 for all)")
     p.add_argument("--port", type=positive(int), help="default: the first free one from 7860 on")
     p.add_argument("--no-browser", action="store_true", help="only print the address")
-    p.add_argument("--max-streams", type=positive(int), default=4, help="viewers at a time (default %(default)s)")
+    p.add_argument("--max-streams", type=positive(int), default=4,
+                   help="viewers at a time, others wait in line (default %(default)s)")  # fmt: skip
     p.add_argument("--max-minutes", type=positive(float), help="end a viewer's stream after so long (default: never)")
 
 

@@ -152,7 +152,9 @@ def test_scripts_find_their_elements() -> None:
     ids = {attributes["id"] for _, attributes in page_tags() if "id" in attributes}
     scripts = "\n".join(path.read_text(encoding="utf-8") for path in SCRIPTS)
     asked = set(re.findall(r"#(sd-[a-z0-9-]+)", scripts)) - {"sd-download-", "sd-"}
-    asked |= {f"sd-{name}" for name in re.findall(r"(?:find|put|chip|stage\.toggle)\(\"([a-z0-9-]+)\"", scripts)}
+    asked |= {
+        f"sd-{name}" for name in re.findall(r"(?:find|put|chip|(?:stage|this)\.toggle)\(\"([a-z0-9-]+)\"", scripts)
+    }
     assert {"sd-status", "sd-split", "sd-fps", "sd-link", "sd-record"} <= asked
     assert asked - ids - {"sd-meters", "sd-gallery", "sd-sync"} == set()  # these three are Gradio's elem_id
 
