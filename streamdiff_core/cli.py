@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,22 @@ def serve_command(args: argparse.Namespace) -> int:
         token=token, max_streams=args.max_streams, max_waiting=args.max_waiting, max_connections=args.max_connections,
         idle_s=args.idle_seconds, lifetime_s=60 * args.max_minutes if args.max_minutes else None,
     )  # fmt: skip
-    serving.serve(lambda: load(args), host=args.host, port=args.port, options=options)
+    if args.ray is None and args.replicas is None:
+        serving.serve(lambda: load(args), host=args.host, port=args.port, options=options)
+        return 0
+    if args.ray is None:
+        raise ValueError("--replicas is for --ray; add it, or leave both out for one engine")
+    if find_spec("ray") is None:
+        raise ValueError("--ray needs Ray Serve, which is not installed; run: pip install 'streamdiff[ray]'")
+    from streamdiff_core import ray_service
+
+    fewest, most = args.replicas or (1, 1)
+    has_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch_sees_cuda())
+    ray_options = ray_service.RayOptions(
+        address=args.ray, min_replicas=fewest, max_replicas=most, cpus=args.threads or 1, gpus=int(has_gpu),
+        **{"leave_s": 60 * args.max_minutes} if args.max_minutes else {},
+    )  # fmt: skip
+    ray_service.serve(lambda: load(args), host=args.host, port=args.port, options=options, ray_options=ray_options)
     return 0
 
 
@@ -274,6 +290,13 @@ def load_stages(args: argparse.Namespace) -> Any:
         raise SystemExit(0)
     atexit.register(pipe.close)
     return pipe
+
+
+def torch_sees_cuda() -> bool:
+    """Whether PyTorch can use a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def set_threads(count: int | None) -> None:

@@ -198,6 +198,28 @@ def _add_serve(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-connections", type=positive(int), default=64, help="open sockets (default %(default)s)")
     p.add_argument("--idle-seconds", type=positive(float), default=60.0, help="close a silent socket (default 60)")
     p.add_argument("--max-minutes", type=positive(float), help="end a stream after so long (default: never)")
+    p.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="engine replicas under Ray Serve: on this computer, or of a cluster (auto, HOST:PORT)",
+    )
+    p.add_argument(
+        "--replicas",
+        type=parse_replicas,
+        metavar="N[-M]",
+        help="how many under --ray, or a range to scale in by load; limits are for each (default 1)",
+    )
+
+
+def parse_replicas(text: str) -> tuple[int, int]:
+    """``2`` -> (2, 2); ``1-4`` -> (1, 4)."""
+    found = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", text)
+    fewest, most = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if fewest > most:
+        raise argparse.ArgumentTypeError(f"{text!r}: write one number or two in order, as in 2 or 1-4")
+    return fewest, most
 
 
 def parse_size(text: str) -> tuple[int, int]:

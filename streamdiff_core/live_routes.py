@@ -36,6 +36,7 @@ def live_router(
     is_allowed: Callable[[HTTPConnection], bool] = lambda connection: True,
     max_connections: int | None = None,
     idle_s: float | None = None,
+    sockets: set[WebSocket] | None = None,
 ) -> APIRouter:
     """Routes of the live stream.
 
@@ -43,9 +44,10 @@ def live_router(
         is_allowed: who may use them, besides the rule of origin.
         max_connections: sockets at a time; None: no limit.
         idle_s: a socket that sends nothing for so long is closed; None: never.
+        sockets: holds those that are open.
     """
     router = APIRouter()
-    connections: set[WebSocket] = set()
+    connections = set() if sockets is None else sockets
 
     @router.websocket("/stream")
     async def stream(socket: WebSocket) -> None:

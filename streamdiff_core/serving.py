@@ -11,7 +11,7 @@ import hmac
 import ipaddress
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -73,13 +73,16 @@ class ServiceOptions:
 def create_service(
     load: StreamPipeline | Callable[[], StreamPipeline],
     options: ServiceOptions = ServiceOptions(),  # noqa: B008 (frozen)
+    *,
+    labels: Mapping[str, str] | None = None,
     **engine_options: Any,
 ) -> FastAPI:
-    """The service; its engine is ``app.state.engine``.
+    """The service; its engine is ``app.state.engine``, its open WebSockets are ``app.state.sockets``.
 
     Args:
         load: a pipeline, or a function that makes one.
         options: limits.
+        labels: what each figure of ``/metrics`` carries, where there are several such services.
         engine_options: as for ``LiveEngine``, such as ``turns``.
     """
     rules = AdmissionOptions(max_waiting=options.max_waiting)
@@ -105,8 +108,8 @@ def create_service(
     app = FastAPI(
         title="streamdiff", version=__version__, summary=summary, lifespan=lifespan, docs_url=None, redoc_url=None
     )
-    app.state.engine = engine
-    limits = {"max_connections": options.max_connections, "idle_s": options.idle_s}
+    app.state.engine, app.state.sockets = engine, set()
+    limits = {"max_connections": options.max_connections, "idle_s": options.idle_s, "sockets": app.state.sockets}
     app.include_router(live_router(engine, pool, is_allowed=is_allowed, **limits))
 
     @app.get("/healthz")
@@ -124,12 +127,12 @@ def create_service(
         """Figures in the text format of Prometheus."""
         if not is_allowed(request):
             raise HTTPException(401, "This server asks for its token.")
-        return metrics_response(engine)
+        return metrics_response(engine, labels or {})
 
     return app
 
 
-def metrics_response(engine: LiveEngine) -> Response:
+def metrics_response(engine: LiveEngine, labels: Mapping[str, str]) -> Response:
     """All figures of the engine."""
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -138,10 +141,11 @@ def metrics_response(engine: LiveEngine) -> Response:
     class Figures(Collector):
         def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
             figures = engine.figures() | {"bytes": engine.nbytes}
-            for name, text in COUNTERS.items():
-                yield CounterMetricFamily(f"streamdiff_{name}", text, figures[name])
-            for name, text in (GAUGES | {"bytes": "Memory of all streams."}).items():
-                yield GaugeMetricFamily(f"streamdiff_{name}", text, figures[name])
+            texts = {CounterMetricFamily: COUNTERS, GaugeMetricFamily: GAUGES | {"bytes": "Memory of all streams."}}
+            for kind, name, text in ((kind, *item) for kind, named in texts.items() for item in named.items()):
+                family = kind(f"streamdiff_{name}", text, labels=list(labels))
+                family.add_metric(list(labels.values()), figures[name])
+                yield family
 
     registry = CollectorRegistry()
     registry.register(Figures())
