@@ -21,6 +21,8 @@ from streamdiff_core.serving import COUNTERS, GAUGES, ServiceOptions, create_ser
 
 WATCH_S = 1.0
 """How often a replica looks whether the service ends."""
+LAST_WORDS_S = 0.5
+"""Time for what the clients were told last to be sent."""
 
 
 @serve.ingress()
@@ -64,6 +66,7 @@ class Replica:
         while not await asyncio.to_thread(is_ending, self._name):
             await asyncio.sleep(WATCH_S)
         await asyncio.to_thread(self._engine.drain, self._drain_s)
+        await asyncio.sleep(LAST_WORDS_S)
         for socket in list(self._service.state.sockets):
             with contextlib.suppress(RuntimeError):  # it has just left
                 await socket.close(GOING_AWAY, "the server is stopping")

@@ -126,6 +126,9 @@ def connect(options: RayOptions) -> None:
         os.environ.update(LOCAL_RAY)
     import ray
 
+    if is_local:  # the same for this process, where ray may have been imported before
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+
     own = {
         "num_cpus": math.ceil(options.max_replicas * options.cpus) + 1,
         "include_dashboard": False,

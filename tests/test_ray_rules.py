@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 pytest.importorskip("ray", reason="needs Ray Serve: pip install -e '.[ray]'")
 
 from streamdiff_core.ray_rules import SessionRouter, scale_by_load  # noqa: E402
+
+Place = namedtuple("Place", "unique_id")
 
 
 def context(loads, waiting=(), *, now=2):
@@ -32,17 +35,19 @@ def test_replicas_follow_the_load_and_the_line(loads, waiting, wanted):
     assert scale_by_load(context(loads, waiting)) == (wanted, {})
 
 
-def test_a_named_session_goes_by_its_name_and_any_other_anywhere():
-    router = SessionRouter.__new__(SessionRouter)  # only its ring is needed
-    replicas = {name: SimpleNamespace(unique_id=name) for name in "xyz"}
-    router._replicas, router._deployment_id = replicas, "engine"
+def test_a_named_session_goes_by_its_name_and_any_other_where_there_is_room():
+    router = SessionRouter.__new__(SessionRouter)  # only its ring is needed, not a cluster
+    places = [Place(name) for name in "xyz"]
+    router._deployment_id, router._replicas = "engine", {place: place for place in places}
     router._num_virtual_nodes, router._num_fallback_replicas = 100, 2
-    router._rebuild_ring = SessionRouter._rebuild_ring.__get__(router)
+    router._rebuild_ring(frozenset(places))
 
     def ranks(session_id):
-        request = SimpleNamespace(
-            metadata=SimpleNamespace(session_id=session_id, internal_request_id="r"), routing_context=SimpleNamespace()
-        )
-        return asyncio.run(router.choose_replicas(list(replicas.values()), request))
+        metadata = SimpleNamespace(session_id=session_id, internal_request_id="any")
+        request = SimpleNamespace(metadata=metadata, routing_context=SimpleNamespace())
+        return asyncio.run(router.choose_replicas(places, request))
 
-    assert ranks("") == [list(replicas.values())]
+    assert ranks("") == [places]  # one rank: Ray takes the one with the fewest requests under way
+    firsts = {name: ranks(name)[0] for name in "abcdefgh"}
+    assert all(len(rank) == 1 for rank in firsts.values()) and {r[0] for r in firsts.values()} == set(places)
+    assert firsts == {name: ranks(name)[0] for name in "abcdefgh"}

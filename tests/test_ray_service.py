@@ -74,6 +74,7 @@ def num_replicas(state):
 
 
 @needs_ray
+@pytest.mark.timing  # Ray gives up on processes that get no CPU
 def test_streams_stay_and_replicas_come_and_go(monkeypatch):
     """One place a replica: who waits in line brings a second replica, which goes when it is not needed."""
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
@@ -86,7 +87,9 @@ def test_streams_stay_and_replicas_come_and_go(monkeypatch):
         first.show_all(2)
         late.say("start", prompt="ink")
         assert late.wait_for("stats")["waiting"]["position"] == 1
-        until(lambda: num_replicas("RUNNING") == 2, 120)
+        until(lambda: len({metrics(address, name)[0] for name in "abcdefgh"}) == 2, 120)
+        places = {name: metrics(address, name)[0] for name in "abcdefgh"}
+        assert places == {name: metrics(address, name)[0] for name in "abcdefgh"}
 
         second = stack.enter_context(connected(address))  # fewest connections: the new replica
         second.start()
@@ -95,8 +98,6 @@ def test_streams_stay_and_replicas_come_and_go(monkeypatch):
             client.show_all(2)
         assert len(signatures(first)) == len(signatures(second)) == 1 and signatures(first) != signatures(second)
 
-        places = {name: metrics(address, name)[0] for name in "abcdefgh"}
-        assert len(set(places.values())) == 2 and places == {name: metrics(address, name)[0] for name in "abcdefgh"}
         figures = [metrics(address, name)[1] for name in {place: name for name, place in places.items()}.values()]
         assert all(f["streamdiff_inside"] == 1 and f["streamdiff_load"] > 0 for f in figures)
 
@@ -117,7 +118,7 @@ def test_streams_stay_and_replicas_come_and_go(monkeypatch):
             while True:
                 stays.read()
         assert sorted(stays.pictures) == list(range(stays.seq + 1))
-        assert "stopping" in stays.messages[-1]["sentence"]
+        assert any("stopping" in message.get("sentence", "") for message in stays.messages)
         ending.join(60)
 
 
