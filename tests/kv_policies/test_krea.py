@@ -8,10 +8,15 @@ from torch.testing import assert_close
 from streamdiff_core.config import CacheConfig
 
 
-def test_slots_and_positions_are_the_sinks():
-    assert seen(policy_of("krea", 1, 2), [(0, 1), *singles(2, 5)]) == seen(
-        policy_of("sink", 1, 2), [(0, 1), *singles(2, 5)]
-    )
+def test_slots_and_positions():
+    """Those of the plain sink; frame 3 evicts 1, 4 evicts 2, 5 evicts 3."""
+    assert seen(policy_of("krea", 1, 2), [(0, 1), *singles(2, 5)]) == [
+        "s0@0 w1@1",
+        "s0@0 w1@1 w2@2",
+        "s0@0 w2@1 w3@2",
+        "s0@0 w3@1 w4@2",
+        "s0@0 w4@1 w5@2",
+    ]
 
 
 @pytest.mark.parametrize("sink, frames", [(1, [0, 4, 5, 6]), (0, [4, 5, 6])])

@@ -1,7 +1,8 @@
 """The policies that only say where things are: tables by hand over at least three evictions."""
 
 import pytest
-from policy_script import policy_of, seen, singles
+from policy_script import CLOSE, MODEL, Feed, policy_of, run, seen, singles, twin
+from torch.testing import assert_close
 
 # first chunk of 2 frames, then 1 each; sink 1 + window 3 unless said otherwise
 FIRST = [(0, 1)]
@@ -159,3 +160,29 @@ def test_anchors_are_left_alone_by_a_recache():
         policy.before_chunk(table, "keep" if frame == 3 else None)
         policy.plan(table, (frame,))
     assert policy.before_chunk(table, "recache") == [(7, 8)]  # sink 0 and anchor 3, 4 are read, not written
+
+
+@pytest.mark.parametrize(
+    "name, knobs",
+    [
+        ("sliding_window", {}),
+        ("longlive", {}),
+        ("live_avatar", {}),
+        ("knot_forcing", {}),
+        ("infinity_rope", {}),
+        ("shot_sink", {"pinned_frames": 2}),
+        ("anchor_forcing", {"pinned_frames": 2, "anchor_position": 3, "last_position": 8}),
+    ],
+)
+def test_attention_reads_what_the_tables_say(name, knobs):
+    """Recomputed from raw keys and values turned to the positions above: no slot keeps an older turn."""
+    feed, chunks, cuts = Feed(), [*FIRST, *singles(2, 12)], {4: "keep", 8: "recache"}
+    if name in ("infinity_rope", "shot_sink"):
+        cuts = {4: "cut", 8: "cut"}
+    lines = seen(policy_of(name, 1, 2, **knobs), chunks, cuts)
+    outputs = run(policy_of(name, 1, 2, **knobs), chunks, feed, switches=cuts, steps=2)
+    for ids, line, layers in zip(chunks, lines, outputs, strict=True):
+        at = {int(frame): int(position) for frame, position in (word[1:].split("@") for word in line.split())}
+        for layer in range(MODEL.num_layers):
+            memory = [(feed("k", f, layer), feed("v", f, layer), position, 1) for f, position in at.items()]
+            assert_close(layers[layer], twin([feed("q", f, layer) for f in ids], [at[f] for f in ids], memory), **CLOSE)
