@@ -159,7 +159,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder for input, cells and reports; the same again goes on")
     parser.add_argument("--seconds", type=float, default=300.0, help="length of the input")
     parser.add_argument("--span", type=float, default=60.0, help="seconds that one column of the tables averages")
-    parser.add_argument("--figures-every", type=int, default=1, help="measure one frame of so many; drift: all")
+    parser.add_argument(
+        "--figures-every",
+        type=int,
+        default=1,
+        help="measure one frame of so many, best an odd number, which meets every place in a chunk; drift: all",
+    )
     parser.add_argument("--studies", nargs="*", default=list(STUDIES), choices=list(STUDIES))
     parser.add_argument("--policies", nargs="*", default=list(POLICIES), help="cells of the study `policies`")
     parser.add_argument("--prompt", default="thick oil painting, cobalt and yellow brush dabs")

@@ -125,9 +125,10 @@ class ContactSheet:
 
 
 def draw_curves(path: Path, rows: Mapping[str, Sequence[Mapping[str, float]]], fps: float) -> None:
-    """One panel per figure over time, one line per cell, each the mean of half a second; PNG.
+    """One panel per figure over time, one line per cell, each a running mean; PNG.
 
-    Later lines are thinner, so that one that lies on another does not hide it.
+    The mean is over half a second, or over a thirtieth of a longer clip, whose lines would else be a thicket. Later
+    lines are thinner, so that one that lies on another does not hide it.
 
     Args:
         rows: per cell label the figures of every frame.
@@ -145,11 +146,11 @@ def draw_curves(path: Path, rows: Mapping[str, Sequence[Mapping[str, float]]], f
     drawing = Drawing(figsize=(12, 2.6 * num_rows + 0.25 * math.ceil(len(rows) / 3)), dpi=110, layout="constrained")
     FigureCanvasAgg(drawing)
     panels = drawing.subplots(num_rows, num_columns, squeeze=False).flat
-    span = max(1, round(fps / 2))
+    span = max(1, round(fps / 2), max(map(len, rows.values())) // 30)
     for panel, figure in zip(panels, figures, strict=False):
         for number, cell in enumerate(rows.values()):
             values = running_mean([row.get(figure.name, math.nan) for row in cell], span)
-            width = 1 + 2.5 * (1 - number / max(1, len(rows) - 1))
+            width = 1.1 + 2 * (1 - number / max(1, len(rows) - 1))
             style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":", "-.")[number // 10 % 4], linewidth=width)
             panel.plot(np.arange(len(values)) / fps, values, **style)
         panel.set_title(figure.title, fontsize=11, loc="left")

@@ -98,7 +98,7 @@ def write_report(
         "<dl>", *(f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items()), "</dl>",
         "<h2>Side by side</h2>", _video(grid),
         "<h2>Figures over the whole clip</h2>", _table(cells, figures), *_remarks(cells),
-        "<h2>Over time</h2>", _picture(curves, "Curves of every figure over time; each the mean of half a second"),
+        "<h2>Over time</h2>", _picture(curves, "Running means of every figure over time"),
         "<h2>Moments</h2>", _picture(sheet, "Six moments of the input and of every cell"),
         "<h2>How it was measured</h2>",
         "<dl>", *(f"<dt>{f.title}, {f.unit}</dt><dd>{html.escape(f.meaning)}</dd>" for f in figures), "</dl>",
