@@ -20,8 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from streamdiff_core.bench_baseline import compare_with_eager, synchronize
 from streamdiff_core.bench_frames import FrameLoop, source_frames
-from streamdiff_core.forecast import CHUNK_FRAMES, SIZES, forecast, machine_of, work_of
+from streamdiff_core.config import PRESETS
+from streamdiff_core.forecast import CHUNK_FRAMES, SIZES, forecast, machine_of, predictions, work_of
 from streamdiff_core.machine import machine_facts, peak_memory_bytes, source_commit
+from streamdiff_core.memory_need import memory_need
 from streamdiff_core.pipeline import StreamPipeline
 from streamdiff_core.random_weights import random_pipeline
 from streamdiff_core.scaling import PAPER_H100_FPS
@@ -119,7 +121,11 @@ def run_benchmark(options: BenchOptions, progress: Callable[[str], None] = lambd
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_cuda_memory_bytes": torch.cuda.max_memory_allocated(pipe.device) if on_cuda else None,
         "runs": runs,
-    }
+        "predictions": predictions(options.preset, options.steps),
+        "memory_needed_bytes": [
+            memory_need(PRESETS[options.preset], steps=s, vae=options.vae).total_bytes for s in options.steps
+        ] if work_of(options.preset) else None,
+    }  # fmt: skip
 
 
 def measure_stream(

@@ -39,7 +39,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     heads = [f"{run['steps']} step{'s' if run['steps'] > 1 else ''}, {run['schedule']}" for run in runs]
     return "\n".join(
         [
-            f"# {result['preset']} on {machine['hardware']}",
+            f"# {result['preset']}{_shrunken(result)} on {machine['hardware']}",
             "",
             _table(("", ""), used),
             "",
@@ -54,8 +54,33 @@ def to_markdown(result: dict[str, Any]) -> str:
             "values and the temporal rotation of all cached keys computed in every forward; both run in "
             "turn, median of the ratios of neighbours.",
             "",
+            *_predictions(result),
         ]
     )
+
+
+def _predictions(result: dict[str, Any]) -> list[str]:
+    """The full size on other machines, beside the paper; nothing for a preset without counts."""
+    if not result["predictions"]:
+        return []
+    steps = [f"{run['steps']} step{'s' * (run['steps'] > 1)}" for run in result["runs"]]
+    rows = []
+    for row in result["predictions"]:
+        pairs = zip(row["fps"], row["paper_fps"], strict=True)
+        cells = (f"{fps:.1f}" + (f" ({paper:.1f})" if paper else "") for fps, paper in pairs)
+        rows.append((f"{row['num_gpus']} × {row['machine']}, {row['size']}", *cells))
+    needed = (f"{size / 1e9:.0f} GB" for size in result["memory_needed_bytes"])
+    rows.append(("memory of one GPU, 480p (counted, 1.5 GB assumed)", *needed))
+    return [
+        f"## {result['preset']} in full size: predictions, not measurements",
+        "",
+        "Frames per second of one stream; in brackets what the paper measured. The model is `roofline.py`, with one",
+        "efficiency per machine fitted to one of the paper's figures (B200: H100's, assumed): it predicts the paper's",
+        "own way of computing on other machines and more of them, not what faster kernels could reach.",
+        "",
+        _table(("", *steps), rows),
+        "",
+    ]
 
 
 ROWS = (
@@ -104,7 +129,8 @@ def to_lines(result: dict[str, Any]) -> list[str]:
 def report_path(result: dict[str, Any], folder: str | Path = "benchmarks/results") -> Path:
     """``<preset>_<hardware>_<yyyymm>.md``."""
     hardware = re.sub(r"[^a-z0-9]+", "-", result["machine"]["hardware"].lower()).strip("-")
-    return Path(folder) / f"{result['preset']}_{hardware}_{result['date'][:7].replace('-', '')}.md"
+    shrunken = f"-shrunken-{result['shrink']}" if result.get("shrink", 1) > 1 else ""
+    return Path(folder) / f"{result['preset']}{shrunken}_{hardware}_{result['date'][:7].replace('-', '')}.md"
 
 
 def save_report(result: dict[str, Any], path: str | Path | None = None) -> Path:

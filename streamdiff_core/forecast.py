@@ -6,7 +6,10 @@ paper's figures (SPEC §9.2) stand beside it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 from streamdiff_core.config import PRESETS
 from streamdiff_core.parallel.block_scheduler import optimal_split, stage_ms
@@ -73,6 +76,25 @@ def forecast(preset: str, size: str, machine: str, *, steps: int, num_gpus: int 
     return Forecast(fps=1e3 * CHUNK_FRAMES / max(stages), stage_ms=stages, split=split, paper_fps=paper)
 
 
+def predictions(preset: str, steps: Sequence[int], num_gpus: Sequence[int] = (1, 4)) -> list[dict[str, Any]]:
+    """What the full size should reach, and what the paper measured there, as plain values; empty without counts.
+
+    Args:
+        preset: any name of a preset.
+        steps: denoising steps, one column each.
+        num_gpus: pipeline stages, one row each per machine and size.
+    """
+    work = work_of(preset)
+    rows = []
+    for machine, size, gpus in product(TABLE_MACHINES, SIZES.values(), num_gpus) if work else ():
+        if (machine, work) in NO_ROOM:
+            continue
+        found = [forecast(work, size, machine, steps=s, num_gpus=gpus) for s in steps]
+        rows.append({"machine": machine, "size": size, "num_gpus": gpus, "fps": [f.fps for f in found],
+                     "paper_fps": [f.paper_fps for f in found]})  # fmt: skip
+    return rows
+
+
 def machine_of(gpu_name: str) -> Machine | None:
     """The machine a driver's name means, as in ``NVIDIA H100 80GB HBM3``; None where no constants are known.
 
@@ -89,7 +111,12 @@ def work_of(preset: str) -> str | None:
     return next((name for name in ("wan-1.3b", "wan-14b") if PRESETS[name].model == model), None)
 
 
-def to_markdown(machines: tuple[str, ...] = ("H100", "RTX 4090", "B200"), max_gpus: int = 8) -> str:
+TABLE_MACHINES = ("H100", "RTX 4090", "B200")
+NO_ROOM = {("RTX 4090", "wan-14b")}
+"""28.6 GB of weights; the card has 24."""
+
+
+def to_markdown(machines: tuple[str, ...] = TABLE_MACHINES, max_gpus: int = 8) -> str:
     """Tables of predictions, each followed by the paper's figure in brackets where there is one."""
     lines = [
         "# Full-size presets on N GPUs: predictions, not measurements", "",
@@ -97,8 +124,8 @@ def to_markdown(machines: tuple[str, ...] = ("H100", "RTX 4090", "B200"), max_gp
     ]  # fmt: skip
     for machine in machines:
         for preset in ("wan-1.3b", "wan-14b"):
-            if machine == "RTX 4090" and preset == "wan-14b":
-                continue  # 28.6 GB of weights; the card has 24
+            if (machine, preset) in NO_ROOM:
+                continue
             for size in SIZES.values():
                 lines += [f"## {preset}, {size}, {machine}", "", "| GPUs | 1 step | 2 steps | 3 steps | 4 steps |"]
                 lines += ["| ---: " * 5 + "|"]

@@ -172,7 +172,13 @@ def test_shrunken_full_size_preset_runs_to_a_report() -> None:
     result = bench.run_benchmark(options)
     (run,) = result["runs"]
     assert run["num_frames"] == 8 and run["chunk_flops"]["encode"] > 0 and "paper_fps" not in run
-    assert "shrunken by 12: not the full size" in bench_report.to_markdown(result)
+    text = bench_report.to_markdown(result)
+    assert text.startswith("# wan-1.3b shrunken by 12: not the full size on ")
+    assert bench_report.report_path(result).name.startswith("wan-1.3b-shrunken-12_")
+    predicted = text.split("## wan-1.3b in full size: predictions, not measurements")[1]
+    assert "| 1 × H100, 480p | 20.5 (20.5) |" in predicted and "| 4 × H100, 512 | 69.7 (64.5) |" in predicted
+    assert "| 1 × RTX 4090, 512 | " in predicted and "| 1 × B200, 480p | " in predicted
+    assert "(counted, 1.5 GB assumed) | 14 GB |" in predicted
     with pytest.raises(ValueError, match="trained weights have one size"):
         bench.load_pipeline(replace(options, random_weights=False))
 
