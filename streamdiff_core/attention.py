@@ -126,18 +126,34 @@ class SelfAttention(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """[B, L, D] -> [B, L, D], reading and writing each row's cache through its view."""
+        return self.o(self.read(*self.project(x), layer, rotations, views, mask))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, D] -> normalised queries and keys, not rotated yet, and values, each [B, L, n, d]."""
         if self._fused is None:
             q, k, v = self.q(x), self.k(x), self.v(x)
         else:
             q, k, v = F.linear(x, *self._fused).chunk(3, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (self.norm_q(q), self.norm_k(k), v))
+        return tuple(t.unflatten(-1, (self.num_heads, -1)) for t in (self.norm_q(q), self.norm_k(k), v))
+
+    def read(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        rotations: Rotations,
+        views: Sequence[CacheView] | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """What ``project`` gave, rotated and written -> what each token read, [B, L, D]."""
         q, k = rotate(q, rotations.query), rotate(k, rotations.key)
         if views is None:
-            return self.o(attend(q, k, v, mask))
+            return attend(q, k, v, mask)
         rows = []
         for row, view in enumerate(views):
             rows.append(attend_reads(q[row : row + 1], view.read(layer, q[row], k[row], v[row])))
-        return self.o(rows[0] if len(rows) == 1 else torch.cat(rows))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _fuse_again(module: SelfAttention, _keys: object = None) -> None:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from streamdiff_core.bench_baseline import compare_with_eager, synchronize
 from streamdiff_core.bench_frames import FrameLoop, source_frames
+from streamdiff_core.compiled import compile_blocks
 from streamdiff_core.config import PRESETS
 from streamdiff_core.forecast import CHUNK_FRAMES, SIZES, forecast, machine_of, predictions, work_of
 from streamdiff_core.machine import machine_facts, peak_memory_bytes, source_commit
@@ -64,6 +65,8 @@ class BenchOptions:
     """Also run the float32 eager yardstick (bundled preset; a full-size one is held against the paper instead)."""
     vae: str = "wan"
     """Full-size presets: ``wan``, or the file of a TAEHV (with random weights: any other word)."""
+    compile: bool = False
+    """Whether the transformer's blocks go through ``torch.compile``."""
     shrink: int = 1
     """Full-size presets with random weights: divisor of all sizes, for a machine without a GPU."""
 
@@ -108,6 +111,7 @@ def run_benchmark(options: BenchOptions, progress: Callable[[str], None] = lambd
         "date": time.strftime("%Y-%m-%d"),
         "preset": options.preset,
         "shrink": options.shrink,
+        "compiled": options.compile,
         "vae": options.vae,
         "device": str(pipe.device),
         "dtype": dtype,
@@ -250,10 +254,14 @@ def gemm_peaks(device: torch.device, with_int8: bool = False) -> dict[str, float
 def load_pipeline(options: BenchOptions) -> StreamPipeline:
     """The preset, with its own, other or random weights."""
     if options.random_weights:
-        return random_pipeline(options.preset, options.device, options.dtype, vae=options.vae, shrink=options.shrink)
-    if options.shrink > 1:
+        pipe = random_pipeline(options.preset, options.device, options.dtype, vae=options.vae, shrink=options.shrink)
+    elif options.shrink > 1:
         raise ValueError("trained weights have one size; shrink goes with random weights only")
-    return StreamPipeline.from_preset(
-        options.preset, device=options.device, dtype=options.dtype, weights=options.weights, vae=options.vae,
-        quantisation=options.quantisation,
-    )  # fmt: skip
+    else:
+        pipe = StreamPipeline.from_preset(
+            options.preset, device=options.device, dtype=options.dtype, weights=options.weights, vae=options.vae,
+            quantisation=options.quantisation,
+        )  # fmt: skip
+    if options.compile:
+        compile_blocks(pipe.transformer)
+    return pipe

@@ -21,7 +21,10 @@ def to_markdown(result: dict[str, Any]) -> str:
         ("threads", machine["torch_threads"]),
         ("CPU has bf16", "yes" if machine["cpu_has_bf16"] else "no"),
         ("preset, size", f"{result['preset']}{_shrunken(result)}, {result['width']}×{result['height']}"),
-        ("number type", f"{result['dtype']}{_rounded(result)} on {result['device']}"),
+        (
+            "number type",
+            f"{result['dtype']}{_rounded(result)} on {result['device']}{', torch.compile' * result['compiled']}",
+        ),
         ("weights, input", f"{result['weights']}, {result['source']}"),
         ("GEMM peak in this run", ", ".join(f"{name} {_tera(peak)}" for name, peak in peaks.items())),
         ("load", f"{result['load_s']:.2f} s"),

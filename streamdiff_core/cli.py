@@ -101,7 +101,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 RECIPE_LEAVES_OPEN = (
     "input", "recipe", "save_recipe", "output", "overwrite", "strip", "json", "debug", "command", "preset",
-    "device", "dtype", "weights", "vae", "lora", "quantise", "threads", "stages",
+    "device", "dtype", "weights", "vae", "lora", "quantise", "compile", "threads", "stages",
 )  # fmt: skip
 """Options of ``run`` that may stand beside ``--recipe``; it sets all others."""
 
@@ -171,7 +171,7 @@ def bench_command(args: argparse.Namespace) -> int:
         preset=args.preset, steps=args.steps, schedule=args.schedule, size=args.size, num_chunks=args.chunks,
         source=args.input, device=args.device, dtype=args.dtype, weights=args.weights,
         random_weights=args.random_weights, compare_eager=not args.no_eager, vae=args.vae, shrink=args.shrink,
-        quantisation=args.quantise,
+        quantisation=args.quantise, compile=args.compile,
     )  # fmt: skip
     result = bench.run_benchmark(options, progress=lambda what: print(f"measuring: {what}", file=sys.stderr))
     report = bench_report.save_report(result, args.report or None) if args.report is not None else None
@@ -272,7 +272,7 @@ def load(args: argparse.Namespace) -> Any:
         return load_stages(args)
     return StreamPipeline.from_preset(
         args.preset, device=args.device, dtype=args.dtype, weights=args.weights,
-        vae=args.vae, lora=dict(args.lora), quantisation=args.quantise,
+        vae=args.vae, lora=dict(args.lora), quantisation=args.quantise, compile=args.compile,
     )  # fmt: skip
 
 
@@ -282,8 +282,8 @@ def load_stages(args: argparse.Namespace) -> Any:
 
     from streamdiff_core.parallel_pipeline import join, launch
 
-    if args.lora or args.quantise:
-        raise ValueError("--lora and --quantise do not go with several stages; leave out either")
+    if args.lora or args.quantise or args.compile:
+        raise ValueError("--lora, --quantise and --compile do not go with several stages; leave out either")
     options = {"device": args.device, "dtype": args.dtype, "weights": args.weights, "vae": args.vae}
     pipe = launch(args.preset, args.stages, **options) if args.stages else join(args.preset, **options)
     if pipe is None:

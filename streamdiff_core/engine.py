@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from streamdiff_core.attention import PromptContext
+from streamdiff_core.attention_choice import preferring
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.flow import x0_from_velocity
 from streamdiff_core.kv_cache import KVCache
@@ -23,6 +25,8 @@ class Engine:
 
     def __init__(self, transformer: CausalWanTransformer) -> None:
         self.transformer = transformer
+        self.attention: list[SDPBackend] | None = None
+        """Attention kernels in order of preference; None: PyTorch's choice."""
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[tuple[KVCache, RowOp]]) -> list[Tensor]:
@@ -55,7 +59,8 @@ class Engine:
             dtype=torch.float64 if xt.dtype == torch.float64 else torch.float32,
         ).to(xt.device, non_blocking=True)  # made on the device, it would wait for all work queued there
         views = [cache.begin(row.cache_row, row.frame_ids, row.descriptor, row.prompt) for cache, row in rows]
-        velocity = self.transformer(xt, timestep, [row.prompt for _, row in rows], views)
+        with preferring(self.attention):
+            velocity = self.transformer(xt, timestep, [row.prompt for _, row in rows], views)
         return [x0_from_velocity(x, v, _level(row)) for x, v, (_, row) in zip(xt, velocity, rows, strict=True)]
 
 

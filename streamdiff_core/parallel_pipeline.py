@@ -32,6 +32,7 @@ from streamdiff_core.pipeline import StreamPipeline, load_preset, pick_device, p
 from streamdiff_core.ring_denoiser import RingDenoiser
 from streamdiff_core.ring_engine import RingEngine
 from streamdiff_core.session import StreamSession
+from streamdiff_core.stream_options import StreamOptions
 from streamdiff_core.types import DenoisedChunk, StageLostError
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,9 @@ class ParallelPipeline(StreamPipeline):
         self.engine = RingEngine(stage, links, preset.vae, **rules)
         self._workers: list[subprocess.Popen] = []
         self._closed = False
+
+    def _choose_attention(self, options: StreamOptions) -> None:
+        """Nothing: every rank keeps PyTorch's choice."""
 
     @property
     def split(self) -> Split:

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from streamdiff_core.attention import PromptContext
+from streamdiff_core.attention_choice import rank_backends
+from streamdiff_core.compiled import compile_blocks
 from streamdiff_core.config import CacheConfig, Preset, get_preset
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.engine import Engine
@@ -68,6 +70,7 @@ class StreamPipeline:
         vae: str | Path = "wan",
         lora: Mapping[str, float] | None = None,
         quantisation: str | None = None,
+        compile: bool = False,
     ) -> StreamPipeline:
         """Load a preset.
 
@@ -81,6 +84,7 @@ class StreamPipeline:
             lora: {file or hub repository: strength}, merged into the transformer in this order.
             quantisation: ``int8`` or ``fp8`` weights through torchao; ``w8a8`` for weights and activations in 8 bits
                 on a CPU with VNNI instructions (``tiny``, or ``weights`` with their ranges); default none.
+            compile: run the transformer's blocks through ``torch.compile``; the first chunks then take minutes.
 
         Raises:
             ValueError: unknown preset, device, dtype or quantisation.
@@ -95,6 +99,8 @@ class StreamPipeline:
             pipe.int8_ranges = use_int8(pipe.transformer, _folder(preset, weights) / RANGES_FILE)
         elif quantisation:
             quantise(pipe.transformer, quantisation)
+        if compile:
+            compile_blocks(pipe.transformer)
         return pipe
 
     @classmethod
@@ -160,7 +166,18 @@ class StreamPipeline:
             deadline_ms=deadline_ms,
         )
         check_options(options, p)
+        self._choose_attention(options)
         return self.session_type(self, prompt, options)
+
+    def _choose_attention(self, options: StreamOptions) -> None:
+        """On a GPU, for the shape of the first stream: see which attention kernel is fastest."""
+        if self.device.type == "cuda" and self.engine.attention is None:
+            model, stride = self.preset.model, self.preset.vae.spatial_stride
+            tokens = model.tokens_per_frame(options.height // stride, options.width // stride)
+            self.engine.attention = rank_backends(
+                model.num_heads, model.head_dim, options.latent_frames_per_chunk * tokens,
+                options.cache.cache_frames * tokens, self.transformer.dtype, self.device,
+            )  # fmt: skip
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: Prompt) -> PromptContext:

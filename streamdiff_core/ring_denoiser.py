@@ -18,7 +18,8 @@ from streamdiff_core.denoiser import Denoiser, Events
 from streamdiff_core.inputs import INPUTS
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.lockstep import Work
-from streamdiff_core.ring_engine import RingEngine, Ticket
+from streamdiff_core.ring_engine import RingEngine
+from streamdiff_core.ring_handles import Ticket
 from streamdiff_core.stream_options import StreamOptions
 from streamdiff_core.types import Chunk, DenoisedChunk, DenoiseSchedule, RowOp
 

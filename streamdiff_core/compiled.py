@@ -1,0 +1,70 @@
+"""``torch.compile`` for the transformer, where it can help and change nothing else: the arithmetic around the cache.
+
+A block is compiled in two pieces, before and after it reads the cache. The cache itself, whose slots and positions are
+Python integers that change in every forward, and the complex rotations stay as they are; so nothing is compiled again
+while a stream runs. The first forward of each shape takes a minute. Off by default; results differ by rounding.
+
+Shapes: B rows, F latent frames, P tokens per frame, L = F * P, D width, n heads, d head dim.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from streamdiff_core.cpu_kernels import linear_gelu
+from streamdiff_core.dit import Block, CausalWanTransformer, modulate
+
+
+def compile_blocks(transformer: CausalWanTransformer, backend: str | Callable = "inductor") -> CausalWanTransformer:
+    """Have every block run compiled pieces, in place; all blocks share them. They are made at the first forward.
+
+    Raises:
+        ValueError: no C++ compiler, which ``inductor`` needs on a CPU, or blocks that compute in 8 bits.
+    """
+    if any(block.int8 is not None for block in transformer.blocks):
+        raise ValueError("blocks with 8-bit products (w8a8) are not compiled; leave out either")
+    if backend == "inductor" and transformer.device.type == "cpu" and not has_compiler():
+        raise ValueError(
+            "compiling for a CPU needs a C++ compiler (g++ or clang++); install one, or leave out --compile"
+        )
+    before, after = (torch.compile(piece, dynamic=False, backend=backend) for piece in (before_cache, after_cache))
+
+    def compiled(block: Block) -> Callable[..., Tensor]:
+        def forward(x, time, layer, prompt, rotations, views, mask):  # as Block.forward
+            modulation = (block.modulation + time).unsqueeze(3).unbind(2)  # shift, scale, gate, twice: [B, F, 1, D]
+            q, k, v = before(block, x, *modulation[:2])
+            seen = block.self_attn.read(q, k, v, layer, rotations, views, mask)
+            return after(block, x, seen, *prompt, *modulation[2:])
+
+        return forward
+
+    for block in transformer.blocks:
+        block.forward = compiled(block)
+    return transformer
+
+
+def before_cache(block: Block, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, F, P, D] -> queries, keys and values [B, L, n, d] of this layer."""
+    y = modulate(F.layer_norm(x, x.shape[-1:], eps=block.eps), shift, scale)
+    return block.self_attn.project(y.flatten(1, 2))
+
+
+def after_cache(
+    block: Block, x: Tensor, seen: Tensor, k: Tensor, v: Tensor, gate1: Tensor, shift: Tensor, scale: Tensor,
+    gate2: Tensor,
+) -> Tensor:  # fmt: skip
+    """What was ``seen`` [B, L, D] is added, then the prompt (k, v [B or 1, text_len, n, d]), then the feed-forward."""
+    x = torch.addcmul(x, block.self_attn.o(seen).view_as(x), gate1)
+    x = x + block.cross_attn(block.norm3(x).flatten(1, 2), k, v).view_as(x)
+    y = modulate(F.layer_norm(x, x.shape[-1:], eps=block.eps), shift, scale)
+    return torch.addcmul(x, block.ffn[2](linear_gelu(y, block.ffn[0])), gate2)
+
+
+def has_compiler() -> bool:
+    """Whether a C++ compiler is on the path."""
+    return any(map(shutil.which, ("g++", "clang++", "c++", "cl")))

@@ -1,0 +1,69 @@
+"""``compile_blocks``: the same stream up to rounding, and nothing is compiled again while it runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from random_pipeline import RANDOM_PRESET, moving_frames, random_pipeline, record_latents, stream
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+from streamdiff_core import compiled
+from streamdiff_core.compiled import compile_blocks, has_compiler
+from streamdiff_core.pipeline import StreamPipeline
+
+FRAMES = moving_frames(41)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def run(pipe, frames=FRAMES):
+    session = pipe.start("pencil", steps=2)
+    latents = record_latents(session)
+    return latents, stream(session, frames)
+
+
+def test_pieces_are_compiled_once_for_all_layers_and_never_in_mid_stream():
+    """The backend gets each piece once per shape of a batch: the first chunk's, then the steady one's."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(tuple(inputs[0].shape))
+        return graph.forward
+
+    eager = run(random_pipeline(RANDOM_PRESET))
+    pipe = random_pipeline(RANDOM_PRESET)
+    compile_blocks(pipe.transformer, backend=backend)
+    short = run(pipe, FRAMES[:13])
+    assert len(short[0]) == 3 and graphs
+    seen = len(graphs)
+    got = run(pipe)
+    assert len(graphs) == seen <= 2 * 3, "two pieces; first chunk, two rows, and the last row alone"
+    assert not counters["graph_break"]
+    for a, b in zip(got[0], eager[0], strict=True):
+        assert_close(a, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="inductor needs a C++ compiler")
+def test_compiled_stream_equals_eager():
+    eager = run(random_pipeline(RANDOM_PRESET))
+    pipe = random_pipeline(RANDOM_PRESET)
+    compile_blocks(pipe.transformer)
+    got = run(pipe)
+    for a, b in zip(got[0], eager[0], strict=True):
+        assert_close(a, b, rtol=0, atol=1e-9)
+    assert np.abs(got[1].astype(int) - eager[1]).max() <= 1
+
+
+def test_missing_compiler_is_said(monkeypatch):
+    monkeypatch.setattr(compiled, "has_compiler", lambda: False)
+    with pytest.raises(ValueError, match="needs a C\+\+ compiler .* or leave out --compile"):
+        StreamPipeline.from_preset("tiny", device="cpu", compile=True)
