@@ -65,5 +65,13 @@ def test_compiled_stream_equals_eager():
 
 def test_missing_compiler_is_said(monkeypatch):
     monkeypatch.setattr(compiled, "has_compiler", lambda: False)
-    with pytest.raises(ValueError, match="needs a C\+\+ compiler .* or leave out --compile"):
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler .* or leave out --compile"):
         StreamPipeline.from_preset("tiny", device="cpu", compile=True)
+
+
+def test_8_bit_blocks_are_refused():
+    """Compiled blocks would silently take their place."""
+    model = random_pipeline(RANDOM_PRESET).transformer
+    model.blocks[1].int8 = lambda *_: None
+    with pytest.raises(ValueError, match="w8a8"):
+        compile_blocks(model, backend="eager")
