@@ -160,7 +160,7 @@ def use_int8(transformer: CausalWanTransformer, path: Path) -> Int8Ranges:
         CheckpointError: no ranges there, or not those of this transformer.
     """
     if not has_int8():
-        raise ValueError("dtype 'int8' needs a CPU with VNNI instructions; use dtype='auto'")
+        raise ValueError("quantisation 'w8a8' needs a CPU with VNNI instructions and PyTorch's oneDNN; leave it out")
     try:
         ranges = torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64)
     except (OSError, ValueError) as error:
