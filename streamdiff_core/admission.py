@@ -22,6 +22,8 @@ class AdmissionOptions:
 
     degradations: tuple[str, ...] = ("steps",)
     """Kinds of degradation a newcomer may cause; () keeps everybody at full quality."""
+    target_load: float = 0.8
+    """Load up to which newcomers join others: below the planner's, since a machine is not always as fast."""
     max_streams: int = 64
     """Streams at once, whatever the load (memory)."""
     guaranteed: int = 0
@@ -80,11 +82,12 @@ def admit(
         "load_with": load_with,
         "ttff_ms": _ttff_ms(newcomer, streams, model, options),
     }
-    limit, is_full = options.target_load, len(streams) >= admission.max_streams
+    limit = min(options.target_load, admission.target_load) if streams else options.target_load
+    is_full = len(streams) >= admission.max_streams
     if len(streams) < admission.guaranteed and not (is_full or num_waiting):
         words = f"load {load_with:.0%}; the first {admission.guaranteed} streams are always taken"
         return Admission(verdict="accept", sentence=words, **figures)
-    if load_alone > limit and not admission.guaranteed:
+    if load_alone > options.target_load and not admission.guaranteed:
         chunk_ms = tick_ms([serve_of(steady_of(newcomer, alone, options), alone, options)], model)
         sentence = (
             f"this machine cannot keep up with {newcomer.fps:g} frames per second: a chunk takes {chunk_ms:.0f} ms, "

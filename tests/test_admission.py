@@ -9,7 +9,7 @@ from streamdiff_core.latency_model import LatencyModel, Line
 from streamdiff_core.slo import PlannerOptions, StreamView
 
 MODEL = LatencyModel({"encode": Line(0.5, 1.5), "denoise": Line(8.0, 22.0), "decode": Line(1.0, 9.0)})
-FULL = AdmissionOptions(degradations=())
+FULL = AdmissionOptions(degradations=(), target_load=0.9)
 
 
 def streams(count, fps=8.0, **changes):
@@ -20,13 +20,22 @@ def test_capacity_by_hand():
     """In turn, 2 steps, forwards of 4 rows: 12 + 2 (22 + 2) = 60 ms per 500 ms: seven fit 90 %; 36 ms with one step."""
     options = PlannerOptions(max_rows=4, efficiency=0.99)
     assert capacity(streams(1)[0], MODEL, options, FULL) == 7
-    assert capacity(streams(1)[0], MODEL, options, AdmissionOptions(degradations=("steps",))) == 12
+    assert capacity(streams(1)[0], MODEL, options, AdmissionOptions(target_load=0.9)) == 12
+
+
+def test_newcomers_leave_room_for_a_slow_moment_but_one_alone_may_use_all():
+    """0.12 each: six are 72 %, seven 84 %; a stream that takes 84 % by itself hurts nobody."""
+    options = PlannerOptions(max_rows=4, efficiency=0.99)
+    assert capacity(streams(1)[0], MODEL, options, AdmissionOptions(degradations=())) == 6
+    heavy = streams(1, fps=53.0)[0]
+    alone = admit(heavy, [], MODEL, options, AdmissionOptions(degradations=()))
+    assert alone.verdict == "accept" and 0.8 < alone.load_with < 0.9
 
 
 def test_the_line():
     inside, new = streams(7), streams(1)[0]
     options = PlannerOptions(max_rows=4, efficiency=0.99)
-    rules = AdmissionOptions(degradations=(), max_waiting=2, mean_stay_s=70.0)
+    rules = AdmissionOptions(degradations=(), target_load=0.9, max_waiting=2, mean_stay_s=70.0)
     first = admit(new, inside, MODEL, options, rules)
     assert (first.verdict, first.position, first.estimate_s) == ("wait", 1, 10.0)
     assert first.load_now == pytest.approx(0.84) and first.load_with == pytest.approx(0.96)
