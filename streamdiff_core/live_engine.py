@@ -1,30 +1,27 @@
 """One model, many viewers: a worker thread owns the model and runs the chunks of all live streams together.
 
 The model is used by that thread only, from loading on, so the connections never wait for it. Whose chunks share the
-next forward is decided by ``live_turns``, who comes in by ``live_line``. A failure stays with its stream: it is told
-in one sentence, its session starts anew and the others do not notice; out of memory makes the stream smaller; if the
-worker itself breaks it is started again, if it is stuck every stream is told. (The released demo keeps one
-process-wide queue for all users and stops at the first exception, SPEC §7.)
+next forward is decided by ``live_turns``, who comes in by ``live_line``, what follows a failure by ``live_failures``:
+it stays with its stream, the others do not notice. If the worker itself breaks it is started again, if it is stuck
+every stream is told. (The released demo keeps one process-wide queue for all users and stops at the first exception,
+SPEC §7.)
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
 from streamdiff_core.admission import AdmissionOptions
-from streamdiff_core.live_events import error_event, sentence
+from streamdiff_core.live_events import Event, error_event, sentence
+from streamdiff_core.live_failures import Failures
 from streamdiff_core.live_line import Line, ServerFullError
 from streamdiff_core.live_pauses import PauseWork
 from streamdiff_core.live_stream import LiveStream
-from streamdiff_core.live_turns import Turns, is_out_of_memory
+from streamdiff_core.live_turns import Turns
 from streamdiff_core.pipeline import StreamPipeline
 from streamdiff_core.recorder import RecordingShelf
 from streamdiff_core.stream_options import Prompt
@@ -33,11 +30,8 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
 """How often time limits are looked at while nothing else happens."""
-MAX_FAILURES = 5
-"""Chunks in a row that may fail before a stream is given up."""
 
-
-__all__ = ["LiveEngine", "ServerFullError", "is_out_of_memory"]
+__all__ = ["LiveEngine", "ServerFullError"]
 
 
 class LiveEngine:
@@ -79,6 +73,7 @@ class LiveEngine:
         self._clock = clock
         self._changed = threading.Condition()
         self._streams: list[LiveStream] = []
+        self._failures = Failures(self._streams, self.totals, self._give_up)
         self._idle_told: dict[LiveStream, float] = {}
         self._serving: set[LiveStream] = set()
         self._pause_work: PauseWork | None = None
@@ -259,7 +254,8 @@ class LiveEngine:
                 self._run()
             except BaseException:
                 logger.exception("the model's thread broke and is started again")
-                self._recover()
+                self._end_turn()
+                self._failures.recover(self.pipe)
 
     def _run(self) -> None:
         self._prepare()
@@ -303,7 +299,7 @@ class LiveEngine:
             self._turn_began_s = None
         for stream, error in errors.items():
             if not stream.is_closed:
-                self._handle(stream, error)
+                self._failures.handle(stream, error, self.pipe)
         self._end_turn()
 
     def _end_turn(self) -> None:
@@ -342,65 +338,9 @@ class LiveEngine:
             return {stream: error}
         return {}
 
-    def _handle(self, stream: LiveStream, error: Exception) -> None:
-        """Tell the stream and start it anew; give it up when that does not help."""
-        stream.num_failures += 1
-        self.totals["errors"] += 1
-        is_first = stream.options is None  # it never began
-        try:
-            if is_out_of_memory(error):
-                self._shrink(stream)
-            elif is_first and isinstance(error, ValueError):
-                action = "Choose another setting and start again."
-                self._give_up(stream, error_event("bad_setting", f"{sentence(error)}.", action, fatal=True))
-            elif is_first or stream.num_failures > MAX_FAILURES:
-                raise error
-            else:
-                logger.error("a chunk failed", exc_info=error)
-                stream.restart(self.pipe)
-                words = "One chunk failed in the model; the stream was started anew and goes on."
-                stream.emit(error_event("worker_crash", words, "Nothing to do."))
-        except Exception as fatal:
-            logger.error("a stream is given up", exc_info=fatal)
-            words, action = "The model keeps failing on this stream.", "Start a new one."
-            self._give_up(stream, error_event("worker_crash", words, action, fatal=True))
-
-    def _shrink(self, stream: LiveStream) -> None:
-        """Out of memory: one step and the smallest cache; if it has those already, the end."""
-        cache = stream.options and replace(
-            stream.options.cache, sink_frames=1, window_frames=stream.options.latent_frames_per_chunk
-        )
-        stream.free()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if cache is None or (stream.options.steps == 1 and stream.options.cache == cache):
-            words, action = "There is not enough memory for this stream.", "Close other tabs, then try again."
-            newest = max([stream, *self._streams], key=lambda s: s.opened_s)
-            self._give_up(newest, error_event("out_of_memory", words, action, fatal=True))
-            if newest is not stream:
-                stream.restart(self.pipe)
-            return
-        stream.restart(self.pipe, steps=1, cache=cache)
-        words = "Memory ran out; the stream goes on with 1 step and the smallest cache."
-        event = error_event("out_of_memory", words, "Raise steps and window again when other tabs are closed.")
-        stream.emit({**event, "options": asdict(stream.options)})
-
-    def _give_up(self, stream: LiveStream, event: dict[str, Any]) -> None:
+    def _give_up(self, stream: LiveStream, event: Event) -> None:
         self.close(stream)
         stream.emit(event)
-
-    def _recover(self) -> None:
-        """After a break of the worker: its stream's state is unknown, so every session starts anew."""
-        self._end_turn()
-        for stream in list(self._streams):
-            try:
-                if stream.session is not None:
-                    stream.restart(self.pipe)
-                words = "The model stopped and was started again; your stream goes on from a fresh state."
-                stream.emit(error_event("worker_crash", words, "Nothing to do."))
-            except Exception as error:
-                self._handle(stream, error)
 
     def _check_times(self) -> None:
         now = self._clock()
