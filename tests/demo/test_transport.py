@@ -187,7 +187,7 @@ def test_a_recording_is_downloaded_with_its_token_only(server, monkeypatch):
         token = event["url"].split("/")[1]
         for path in (
             f"/download/{token}/input.mkv",
-            f"/download/{token[:-1]}x/recording.zip",
+            f"/download/{token[:-1]}{'y' if token[-1] == 'x' else 'x'}/recording.zip",
             "/download/../recipe.json",
         ):
             assert server.get(path).status_code == 404
