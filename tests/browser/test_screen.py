@@ -34,7 +34,7 @@ def share(transparent, open_page):
 def test_the_screen_is_restyled_until_the_browser_stops_it(transparent, open_page):
     page = share(transparent, open_page)
     page.wait_for_function("() => window.streamdiff.metrics().source === 'screen'")
-    assert page.get_by_test_id("status").inner_text().startswith("Showing your screen.")
+    page.get_by_test_id("status").filter(has_text="Showing your screen.").wait_for(timeout=5000)
     wait_for_frames(page, metrics(page)["drawn"] + 20)
     red, green, blue = picture(page, "sd-output").mean((0, 1))
     assert green > red + 60 and green > blue + 60, "the screen, not the clip"
@@ -44,7 +44,7 @@ def test_the_screen_is_restyled_until_the_browser_stops_it(transparent, open_pag
     page.wait_for_selector("#sd-banner[data-code='screen_ended']:not([hidden])")
     assert page.get_by_test_id("banner-text").inner_text() == "Screen sharing has ended; the sample clip plays instead."
     assert page.get_by_test_id("banner-action").inner_text() == "Share again"
-    assert metrics(page)["source"] == "sample"
+    page.wait_for_function("() => window.streamdiff.metrics().source === 'sample'", timeout=5000)
     wait_for_frames(page, metrics(page)["drawn"] + 20)
     red, green, blue = picture(page, "sd-output").mean((0, 1))
     assert green < red + 60
