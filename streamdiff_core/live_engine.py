@@ -142,8 +142,7 @@ class LiveEngine:
             if stream in self.line.waiting:
                 self.line.waiting.remove(stream)
             self._idle_told.pop(stream, None)
-            for token in stream.recordings:
-                self.shelf.release(token)
+            stream.recordings.release()
             if stream not in self._serving:
                 stream.free()
             self._wake()

@@ -24,9 +24,10 @@ from streamdiff_core.frames import resize_and_crop
 from streamdiff_core.live_events import Event, LiveReply, Outbox, error_event, sentence
 from streamdiff_core.live_inbox import Inbox, LiveFrame
 from streamdiff_core.live_meter import LiveMeter
+from streamdiff_core.live_recording import Recordings
 from streamdiff_core.lockstep import Work
 from streamdiff_core.recipe import Recipe
-from streamdiff_core.recorder import Recorder, RecordingShelf
+from streamdiff_core.recorder import RecordingShelf
 from streamdiff_core.slo import StreamView
 from streamdiff_core.stream_options import FIXED_OPTIONS, Prompt, StreamOptions
 
@@ -38,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 MAX_WISHES = 64
 """Changes that may wait for the next chunk."""
-MAX_RECORDINGS = 4
-"""Recordings of one stream that are kept; an older one is deleted when the next begins."""
 MAX_SIDE_PX = 1024
 """Longest side that a viewer may ask for."""
 STATS_EVERY_S = 0.5
@@ -82,11 +81,10 @@ class LiveStream:
         self.last_turn_s = 0.0
         self.inbox: Inbox | None = None
         self.opened_s = clock()
-        self.recordings: list[str] = []
-        self._asked, self._clock, self._shelf = dict(options), clock, shelf
-        self._recorder: Recorder | None = None
+        self._asked, self._clock = dict(options), clock
         self._meter = LiveMeter(clock=clock)
         self._outbox = Outbox(notify)
+        self.recordings = Recordings(shelf, self.emit)
         self._wishes: deque[tuple[Callable[..., None], tuple[Any, ...], float]] = deque()
         self._in_flight: deque[_InFlight] = deque()
         self._news_at: dict[int, deque[tuple[dict[str, Any], float]]] = {}
@@ -181,7 +179,7 @@ class LiveStream:
     @property
     def is_exact(self) -> bool:
         """Whether its output must be what it would be alone, bit for bit: no shared forwards, no fewer steps."""
-        return self._wants_exact or self._recorder is not None
+        return self._wants_exact or self.recordings.recorder is not None
 
     @property
     def is_drained(self) -> bool:
@@ -275,8 +273,7 @@ class LiveStream:
 
     def free(self) -> None:
         """Let go of the session and of its memory; a recording ends with what came out."""
-        if self._recorder is not None:
-            self._end_recording()
+        self.recordings.stop()
         if self.session is not None:
             self.session.close()
             self.session = None
@@ -312,7 +309,7 @@ class LiveStream:
             "frames_in": self.inbox.num_received,
             "frames_out": self._meter.num_out,
             "frames_late": self._meter.num_late,
-            "recording": {"seconds": r.seconds, "bytes": r.nbytes} if (r := self._recorder) else None,
+            "recording": self.recordings.figures(),
             "quality": self._quality(),
             "waiting": None,
         }  # fmt: skip
@@ -373,7 +370,7 @@ class LiveStream:
         self._meter.point(self.num_chunks - 1, self.session.motion, self.session.noise_scale)
         self._deliver(out)
         self.num_failures = 0
-        if self._recorder is not None and self._recorder.limit:
+        if self.recordings.recorder is not None and self.recordings.recorder.limit:
             self._record("stop", False, now)
         if now - self._stats_s >= STATS_EVERY_S:
             self._stats_s = now
@@ -397,8 +394,8 @@ class LiveStream:
         self._in_flight += [_InFlight(f.seq, self.num_chunks, self._prompt_id, f.arrived_s, f.pixels) for f in frames]
         self.num_chunks += bool(frames)
         self._is_fresh &= not frames
-        if self._recorder is not None and frames:
-            self._recorder.add_input(frames)
+        if self.recordings.recorder is not None and frames:
+            self.recordings.recorder.add_input(frames)
         self.emit({"type": "ack", "seq": self.ack})
         return frames
 
@@ -412,8 +409,8 @@ class LiveStream:
             if chunk in self._news_at:  # another look begins: that is no drift
                 self._drift.anchor()
             self._drift.update(before, after)
-            if self._recorder is not None:
-                self._recorder.add_output(before, after)
+            if self.recordings.recorder is not None:
+                self.recordings.recorder.add_output(before, after)
             self._meter.output([f.arrived_s for f, _ in pairs], self.lag_budget_ms)
             frames = [(f.seq, pixels) for f, pixels in pairs]
             prompt_id = pairs[0][0].prompt_id
@@ -434,8 +431,8 @@ class LiveStream:
         self.session.set_options(**{"steps": self.options.steps} | changes)
         self.options = self.session.options
         self.lower_steps(fewer)
-        if self._recorder is not None:
-            self._recorder.add_options(changes)
+        if self.recordings.recorder is not None:
+            self.recordings.recorder.add_options(changes)
         note = ", ".join(f"{name} {value}" for name, value in changes.items())
         self._announce({"type": "applied", "what": "options", "prompt_id": self._prompt_id, "note": note}, asked_s)
 
@@ -443,48 +440,30 @@ class LiveStream:
         self.session.set_prompt(prompt, on_switch)
         self.prompt = prompt
         self._prompt_id += 1
-        if self._recorder is not None:
-            self._recorder.add_prompt(prompt, on_switch)
+        if self.recordings.recorder is not None:
+            self.recordings.recorder.add_prompt(prompt, on_switch)
         self._announce({"type": "applied", "what": "prompt", "prompt_id": self._prompt_id, "note": on_switch}, asked_s)
 
     def _anchor(self, asked_s: float) -> None:
         self.session.set_prompt(self.prompt, "reset")
         self._drift.anchor()
-        if self._recorder is not None:
-            self._recorder.add_prompt(self.prompt, "reset")
+        if self.recordings.recorder is not None:
+            self.recordings.recorder.add_prompt(self.prompt, "reset")
         self._announce({"type": "applied", "what": "prompt", "prompt_id": self._prompt_id, "note": "anchor"}, asked_s)
 
     def _finish(self, asked_s: float) -> None:
         self._is_finishing = True
 
     def _record(self, action: str, side_by_side: bool, asked_s: float) -> None:
-        if action not in ("start", "stop") or self._shelf is None:
-            raise ValueError("this server does not record" if self._shelf is None else "record takes start or stop")
-        if (action == "start") == (self._recorder is not None):
-            raise ValueError(f"recording {'runs already' if action == 'start' else 'does not run'}")
+        self.recordings.check(action)
         self._deliver(self.session.flush())
         if action == "stop":
-            self._end_recording()
+            self.recordings.stop()
         pipe = self.session.pipe
         self.restart(pipe)
         if action == "start":
-            rate = self._meter.summary(self.lag_budget_ms)["fps_out"] or self._fps
-            rate = max(1, round(rate))
-            folder = self._shelf.new_folder()
-            self.recordings.append(folder.name)
-            while len(self.recordings) > MAX_RECORDINGS:
-                self._shelf.release(self.recordings.pop(0), after_s=0.0)
-            self._recorder = Recorder(folder, pipe, self.prompt, self.options, fps=rate, with_input=side_by_side)
-
-    def _end_recording(self) -> None:
-        recorder, self._recorder = self._recorder, None
-        recorder.finish(self._tell_recording)
-
-    def _tell_recording(self, result: dict[str, Any] | None) -> None:
-        if result is None:
-            self.emit(error_event("bad_setting", "Nothing was recorded.", "Record for a second or more."))
-        else:
-            self.emit({"type": "recording", **result})
+            fps = max(1, round(self._meter.summary(self.lag_budget_ms)["fps_out"] or self._fps))
+            self.recordings.start(pipe, self.prompt, self.options, fps=fps, with_input=side_by_side)
 
     def _tell_recipe(self, asked_s: float) -> None:
         pipe = self.session.pipe

@@ -173,7 +173,7 @@ def test_what_cannot_be_recorded_is_said(live, monkeypatch):
     one.do(one.stream.record, "start")
     one.show(29)
     event = one.wait("recording")
-    assert 1.0 <= event["seconds"] <= 1.3 and one.stream._recorder is None, "stopped at the limit by itself"
+    assert 1.0 <= event["seconds"] <= 1.3 and one.stream.recordings.recorder is None, "stopped at the limit by itself"
     assert event["limit"] == "1 s", "and says so"
 
 
