@@ -3,7 +3,8 @@
 Two threads meet here. The connection's calls (``admit``, ``put``, the wishes, ``next_event``) only touch queues and
 return at once; the model's thread calls ``do_chores``, which begins and grants wishes between two chunks, and drives
 ``work``, one chunk whose forwards may be shared. All state of the stream is in its ``StreamSession``: closing it
-frees everything, a new one starts clean. Nothing here knows about sockets.
+frees everything, a new one starts clean. What comes out goes through ``live_output``, recordings are
+``live_recording``'s. Nothing here knows about sockets.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import groupby
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamdiff_core.drift import DriftMeter
 from streamdiff_core.frames import resize_and_crop
-from streamdiff_core.live_events import Event, LiveReply, Outbox, error_event, sentence
+from streamdiff_core.live_events import Event, Outbox, error_event, sentence
 from streamdiff_core.live_inbox import Inbox, LiveFrame
 from streamdiff_core.live_meter import LiveMeter
+from streamdiff_core.live_output import LiveOutput
 from streamdiff_core.live_recording import Recordings
 from streamdiff_core.lockstep import Work
 from streamdiff_core.recipe import Recipe
@@ -48,15 +48,6 @@ PAUSE_S = 2.0
 """Without a frame for so long a stream costs the planner nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    seq: int
-    chunk: int
-    prompt_id: int
-    arrived_s: float
-    pixels: np.ndarray
-
-
 class LiveStream:
     """Made by ``LiveEngine.open``."""
 
@@ -73,7 +64,7 @@ class LiveStream:
     ) -> None:
         self.asked_fps, self.asked_steps, self._wants_exact = fps, options.get("steps"), exact
         self.is_ending = self.has_ended = False
-        self.prompt, self.is_closed, self.num_chunks = prompt, False, 0
+        self.prompt, self.is_closed = prompt, False
         self.session: StreamSession | None = None
         self.options: StreamOptions | None = None
         self.chunk_ms = self.solo_ms = 0.0
@@ -84,11 +75,9 @@ class LiveStream:
         self._asked, self._clock = dict(options), clock
         self._meter = LiveMeter(clock=clock)
         self._outbox = Outbox(notify)
-        self.recordings = Recordings(shelf, self.emit)
+        self._output = LiveOutput(self._outbox.put, self._meter, clock)
+        self.recordings = Recordings(shelf, self._outbox.put)  # not self.emit: a circle would keep the stream
         self._wishes: deque[tuple[Callable[..., None], tuple[Any, ...], float]] = deque()
-        self._in_flight: deque[_InFlight] = deque()
-        self._news_at: dict[int, deque[tuple[dict[str, Any], float]]] = {}
-        self._prompt_id = 0
         self._frame_shape: tuple[int, ...] | None = None
         self._is_fresh, self._is_finishing = True, False
         self._filled_s: float | None = None
@@ -154,6 +143,11 @@ class LiveStream:
     def ack(self) -> int:
         """Newest sequence number consumed or dropped."""
         return self.inbox.newest_gone
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks that went into the model."""
+        return self._output.num_chunks
 
     @property
     def frames_wanted(self) -> int:
@@ -222,7 +216,7 @@ class LiveStream:
             view,
             fps=min(view.fps, 1 / interval_s) if interval_s else view.fps,
             arrivals_s=self.inbox.waiting_s if has_chunk else (),
-            in_flight_s=tuple(next(g).arrived_s for _, g in groupby(self._in_flight, key=lambda f: f.chunk)),
+            in_flight_s=self._output.in_flight_s,
             is_fresh=self._is_fresh,
             served_s=self.last_turn_s or self.opened_s,
         )
@@ -265,9 +259,8 @@ class LiveStream:
         options = {f.name: getattr(self.options, f.name) for f in fields(self.options)} | changes
         self.free()
         self.session = pipe.start(self.prompt, **options)
-        self._drift.anchor()
         self.options = self.session.options
-        self._in_flight.clear()
+        self._output.forget()
         self._is_fresh = True
         self.emit({"type": "ack", "seq": self.ack})
 
@@ -304,7 +297,7 @@ class LiveStream:
                 "window_frames": cache.window_frames, "noise_scale": s.noise_scale,
             },
             "history": self._meter.take_history(),
-            "drift": self._drift_figures(),
+            "drift": self._output.drift_figures(),
             "nbytes": self.nbytes,
             "frames_in": self.inbox.num_received,
             "frames_out": self._meter.num_out,
@@ -341,7 +334,7 @@ class LiveStream:
         chunk_frames = preset.vae.temporal_stride * session.options.latent_frames_per_chunk
         self.inbox = Inbox(chunk_frames, clock=self._clock)
         self.options, self.session = session.options, session
-        self._drift = DriftMeter(fps=preset.fps)
+        self._output.begin(preset.fps)
         self.emit(
             {
                 "type": "ready",
@@ -391,8 +384,7 @@ class LiveStream:
 
     def _take(self, num_frames: int) -> list[LiveFrame]:
         frames = self.inbox.take(num_frames)
-        self._in_flight += [_InFlight(f.seq, self.num_chunks, self._prompt_id, f.arrived_s, f.pixels) for f in frames]
-        self.num_chunks += bool(frames)
+        self._output.entered(frames)
         self._is_fresh &= not frames
         if self.recordings.recorder is not None and frames:
             self.recordings.recorder.add_input(frames)
@@ -400,23 +392,10 @@ class LiveStream:
         return frames
 
     def _deliver(self, out: np.ndarray) -> None:
-        """Give each output frame the number of its input and send it, chunk by chunk."""
-        noise_scale, motion = self.session.noise_scale, self.session.motion
-        made = [(self._in_flight.popleft(), pixels) for pixels in out]
-        for chunk, group in groupby(made, key=lambda pair: pair[0].chunk):
-            pairs = list(group)
-            before, after = np.stack([f.pixels for f, _ in pairs]), np.stack([pixels for _, pixels in pairs])
-            if chunk in self._news_at:  # another look begins: that is no drift
-                self._drift.anchor()
-            self._drift.update(before, after)
-            if self.recordings.recorder is not None:
-                self.recordings.recorder.add_output(before, after)
-            self._meter.output([f.arrived_s for f, _ in pairs], self.lag_budget_ms)
-            frames = [(f.seq, pixels) for f, pixels in pairs]
-            prompt_id = pairs[0][0].prompt_id
-            self.emit(LiveReply(chunk, frames, self.ack, self.chunk_ms, noise_scale, motion, prompt_id))
-            for news, asked_s in self._news_at.pop(chunk, []):
-                self.emit({**news, "chunk": chunk, "after_ms": 1e3 * (self._clock() - asked_s)})
+        self._output.deliver(
+            out, self.session, self.recordings.recorder, ack=self.ack, chunk_ms=self.chunk_ms,
+            lag_budget_ms=self.lag_budget_ms,
+        )  # fmt: skip
 
     # --- wishes --------------------------------------------------------------------------------------------------
 
@@ -434,22 +413,22 @@ class LiveStream:
         if self.recordings.recorder is not None:
             self.recordings.recorder.add_options(changes)
         note = ", ".join(f"{name} {value}" for name, value in changes.items())
-        self._announce({"type": "applied", "what": "options", "prompt_id": self._prompt_id, "note": note}, asked_s)
+        self._output.announce("options", note, asked_s)
 
     def _change_prompt(self, prompt: Prompt, on_switch: str, asked_s: float) -> None:
         self.session.set_prompt(prompt, on_switch)
         self.prompt = prompt
-        self._prompt_id += 1
+        self._output.prompt_id += 1
         if self.recordings.recorder is not None:
             self.recordings.recorder.add_prompt(prompt, on_switch)
-        self._announce({"type": "applied", "what": "prompt", "prompt_id": self._prompt_id, "note": on_switch}, asked_s)
+        self._output.announce("prompt", on_switch, asked_s)
 
     def _anchor(self, asked_s: float) -> None:
         self.session.set_prompt(self.prompt, "reset")
-        self._drift.anchor()
+        self._output.anchor()
         if self.recordings.recorder is not None:
             self.recordings.recorder.add_prompt(self.prompt, "reset")
-        self._announce({"type": "applied", "what": "prompt", "prompt_id": self._prompt_id, "note": "anchor"}, asked_s)
+        self._output.announce("prompt", "anchor", asked_s)
 
     def _finish(self, asked_s: float) -> None:
         self._is_finishing = True
@@ -478,11 +457,3 @@ class LiveStream:
         steps, asked = self.session.options.steps, self.options.steps
         note = f"{steps} of {asked} steps while the server is busy" if steps < asked else ""
         return {"steps": steps, "steps_asked": asked, "note": note}
-
-    def _drift_figures(self) -> dict[str, Any]:
-        drift = self._drift.drift
-        return {"level": drift.level, **asdict(drift)}
-
-    def _announce(self, news: dict[str, Any], asked_s: float) -> None:
-        """Say so when the first chunk with the change comes out."""
-        self._news_at.setdefault(self.num_chunks, deque(maxlen=MAX_WISHES)).append((news, asked_s))

@@ -197,8 +197,8 @@ def test_drift_is_measured_anew_from_the_first_chunk_with_another_prompt(engine)
     """Else every change of style would read as drift."""
     viewer = Viewer(engine(), steps=1).began().show(13)
     viewer.until(lambda: len(viewer.pictures) == 13)
-    anchored, anchor = [], viewer.stream._drift.anchor
-    viewer.stream._drift.anchor = lambda: (anchored.append(len(viewer.pictures)), anchor())
+    anchored, anchor = [], viewer.stream._output.anchor
+    viewer.stream._output.anchor = lambda: (anchored.append(len(viewer.pictures)), anchor())
     viewer.stream.set_prompt("pencil")
     viewer.show(8).until(lambda: viewer.of_type("applied"))
     viewer.until(lambda: len(viewer.pictures) == 21)
