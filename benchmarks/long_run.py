@@ -16,6 +16,7 @@ import csv
 import math
 import os
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -27,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from streamdiff_core import StreamPipeline
+from streamdiff_core.cli_compare import follow
 from streamdiff_core.compare import CURVES_NAME, SCORES_NAME, SHEET_NAME, CompareResult, compare
 from streamdiff_core.compare_plan import plan
 from streamdiff_core.compare_scores import FIGURES
@@ -87,15 +89,7 @@ def run_study(pipe: StreamPipeline, name: str, source: Path, args: argparse.Name
         drift_reference_s=min(loop_s, args.seconds / 3),
         figures_every=args.figures_every,
     )
-    with tqdm(desc=name, unit=" frames") as bar:
-        while True:
-            try:
-                progress = next(steps)
-            except StopIteration as end:
-                return end.value
-            bar.total = progress.total
-            bar.set_description(f"{name}: {progress.what}", refresh=False)
-            bar.update(progress.done - bar.n)
+    return follow(steps, enabled=sys.stderr.isatty(), title=f"{name}: ")
 
 
 def means_by_span(scores: Path, span_s: float) -> dict[str, dict[int, dict[str, float]]]:

@@ -42,8 +42,8 @@ def run_compare(args: argparse.Namespace) -> int:
     return 1 if result.failed else 0
 
 
-def follow(steps: Any, enabled: bool) -> compare.CompareResult:
-    """Go through the steps of a comparison under a progress bar."""
+def follow(steps: Any, enabled: bool, title: str = "") -> compare.CompareResult:
+    """Go through the steps of a comparison under a progress bar; ``title`` goes before what is being made."""
     with tqdm(unit=" frames", disable=not enabled, file=sys.stderr, dynamic_ncols=True) as bar:
         while True:
             try:
@@ -51,7 +51,7 @@ def follow(steps: Any, enabled: bool) -> compare.CompareResult:
             except StopIteration as end:
                 return end.value
             bar.total = progress.total
-            bar.set_description_str(progress.what, refresh=False)
+            bar.set_description_str(title + progress.what, refresh=False)
             bar.update(progress.done - bar.n)
 
 

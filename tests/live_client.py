@@ -31,7 +31,7 @@ class Client:
 
     def __init__(self, web_socket, format="jpeg"):
         self.socket, self.format, self.seq = web_socket, format, -1
-        self.pictures, self.messages = {}, []
+        self.pictures, self.messages, self.headers = {}, [], []
 
     def say(self, type_, **fields):
         self.socket.send(json.dumps({"type": type_, **fields}))
@@ -54,21 +54,28 @@ class Client:
         header, at = json.loads(data[4 : 4 + size]), 4 + size
         for seq, num_bytes in header["frames"]:
             self.pictures[seq], at = data[at : at + num_bytes], at + num_bytes
+        assert at == len(data)
+        self.headers.append(header)
         return header
 
     def wait_for(self, type_):
-        while True:
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
             message = self.read()
             if message.get("type") == type_:
                 return message
+        raise TimeoutError(f"no {type_}")
+
+    def wait_for_frames(self, count):
+        while len(self.pictures) < count:
+            self.read()
 
     def show_all(self, count):
         """Show and get back, in the pace of the model, so that no frame is dropped."""
         for _ in range(count):
             fresh = not self.pictures
             self.show(5 if fresh else 4)
-            while len(self.pictures) <= self.seq:
-                self.read()
+            self.wait_for_frames(self.seq + 1)
 
     def pixels(self, seq):
         data = self.pictures[seq]

@@ -55,5 +55,16 @@ def short(event):
     return ("emit", event.chunk_idx, round(event.latents.mean().item(), 3))
 
 
+def short_timed(event):
+    """forward of one row: kind, cache row, frames, timestep per frame; emit: chunk."""
+    if isinstance(event, Fork):
+        return ("fork", event.src, event.dst)
+    if isinstance(event, Emit):
+        return ("emit", event.chunk_idx)
+    (row,) = event.rows
+    times = row.timestep if isinstance(row.timestep, tuple) else (row.timestep,)
+    return (row.kind, row.cache_row, row.frame_ids, times)
+
+
 def script(schedule, chunks):
     return [[short(e) for e in events_of(schedule, c)] for c in chunks]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kv_policies.policy_script import words
 from random_pipeline import RANDOM_PRESET, moving_frames, random_pipeline, record_latents, stream
-from schedule_script import events_of, make_chunk, stepper
+from schedule_script import events_of, make_chunk, short_timed, stepper
 from torch.testing import assert_close
 
 from streamdiff_core.config import CacheConfig
@@ -19,23 +19,12 @@ from streamdiff_core.types import Chunk, Emit, Fork
 TIMES = (700.0, 500.0)
 
 
-def short(event):
-    """forward: kind, cache row, frames, timestep per frame; emit: chunk."""
-    if isinstance(event, Fork):
-        return ("fork", event.src, event.dst)
-    if isinstance(event, Emit):
-        return ("emit", event.chunk_idx)
-    (row,) = event.rows
-    times = row.timestep if isinstance(row.timestep, tuple) else (row.timestep,)
-    return (row.kind, row.cache_row, row.frame_ids, times)
-
-
 def test_two_steps_by_hand():
     """Chunk 0 has frames 0 and 1, chunk i frame i + 1. History is row 1, scratch row 0; each waits for the next."""
     schedule = KnotOverlap(stepper(), 2)
     ticks, in_flight = [], []
     for chunk in (make_chunk(0, TIMES), make_chunk(1, TIMES), make_chunk(2, (650.0, 400.0)), None, None):
-        ticks.append([short(e) for e in events_of(schedule, chunk)])
+        ticks.append([short_timed(e) for e in events_of(schedule, chunk)])
         in_flight.append(schedule.num_in_flight)
     fork, c = ("fork", 1, (0,)), "denoise"
     assert ticks == [

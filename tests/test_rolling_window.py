@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from schedule_script import events_of, make_chunk, stepper
+from schedule_script import events_of, make_chunk, short_timed, stepper
 from torch.testing import assert_close
 
 from streamdiff_core.schedules.rolling_window import HISTORY, SCRATCH, RollingWindow
-from streamdiff_core.types import Emit, Fork, ForwardOp
-
-
-def short(event):
-    """forward: kind, cache row, frames, timestep per frame; emit: chunk."""
-    if isinstance(event, Fork):
-        return ("fork", event.src, event.dst)
-    if isinstance(event, Emit):
-        return ("emit", event.chunk_idx)
-    (row,) = event.rows
-    times = row.timestep if isinstance(row.timestep, tuple) else (row.timestep,)
-    return (row.kind, row.cache_row, row.frame_ids, times)
+from streamdiff_core.types import Emit, ForwardOp
 
 
 def test_three_levels_by_hand():
@@ -27,7 +16,7 @@ def test_three_levels_by_hand():
     schedule = RollingWindow(stepper(), 3)
     fork, ticks, in_flight = ("fork", 1, (0,)), [], []
     for chunk in (make_chunk(0), make_chunk(1), make_chunk(2), make_chunk(3), None, None, None):
-        ticks.append([short(e) for e in events_of(schedule, chunk)])
+        ticks.append([short_timed(e) for e in events_of(schedule, chunk)])
         in_flight.append(schedule.num_in_flight)
     # one timestep for a lone chunk, one per frame otherwise
     assert ticks == [

@@ -59,11 +59,13 @@ class ResidualGuidance(InputRule):
         self._points: dict[int, Tensor] = {}
 
     def begin(self, seed: int, encode_prompt: Callable[[str], Any]) -> None:
+        """Encode the negative prompt, unless guidance is away from the input."""
         self._negative = None if self.kind == "self" else encode_prompt(self.negative_prompt)
 
     def predict(
         self, rows: Sequence[RowOp], sources: Mapping[int, Tensor], forward: Callable[[Sequence[RowOp]], list[Tensor]]
     ) -> list[Tensor]:
+        """x0 of rows, [F, C, h, w] each; those of kind ``denoise`` are drawn away from z, clean ones are left alone."""
         guided = [row for row in rows if row.kind == "denoise"]
         away = iter(self._away_from(guided, sources, forward))
         x0s = forward(rows)

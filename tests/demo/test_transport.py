@@ -6,17 +6,16 @@ import contextlib
 import io
 import json
 import socket
-import struct
 import threading
 import time
 import zipfile
 
-import cv2
 import httpx
 import numpy as np
 import pytest
 from identity_pipeline import IdentityPipeline, prompt_level
-from random_pipeline import RANDOM_PRESET, SIDE, moving_frames
+from live_client import ENCODE, FRAMES, Client, until
+from random_pipeline import RANDOM_PRESET, SIDE
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -26,56 +25,8 @@ from streamdiff_core.config import PRESETS
 from streamdiff_core.latency_model import Line
 from streamdiff_core.live_stream import MAX_WISHES
 
-
-def jpeg(pixels):
-    return cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
-
-
-FRAMES = moving_frames(40)
-JPEGS = [jpeg(frame) for frame in FRAMES]
-
-
-class Page:
-    """A page's side of the protocol."""
-
-    def __init__(self, socket):
-        self.socket = socket
-        self.seq = -1
-        self.messages, self.pictures, self.headers = [], {}, []
-
-    def say(self, type_, **fields):
-        self.socket.send(json.dumps({"type": type_, **fields}))
-
-    def show(self, count):
-        for _ in range(count):
-            self.seq += 1
-            self.socket.send(struct.pack("<I", self.seq) + JPEGS[self.seq % len(JPEGS)])
-
-    def read(self):
-        data = self.socket.recv(timeout=20)
-        if isinstance(data, str):
-            self.messages.append(json.loads(data))
-            return self.messages[-1]
-        (size,) = struct.unpack_from("<I", data)
-        header, at = json.loads(data[4 : 4 + size]), 4 + size
-        for seq, num_bytes in header["frames"]:
-            picture = cv2.imdecode(np.frombuffer(data[at : at + num_bytes], np.uint8), 1)
-            self.pictures[seq], at = picture[..., ::-1], at + num_bytes
-        assert at == len(data)
-        self.headers.append(header)
-        return header
-
-    def wait_for(self, type_):
-        end_s = time.monotonic() + 20
-        while time.monotonic() < end_s:
-            message = self.read()
-            if message.get("type") == type_:
-                return message
-        raise TimeoutError(f"no {type_}")
-
-    def wait_for_frames(self, count):
-        while len(self.pictures) < count:
-            self.read()
+jpeg = ENCODE["jpeg"]
+JPEG = jpeg(FRAMES[0])
 
 
 class Server:
@@ -104,7 +55,7 @@ class Server:
     def connected(self, origin=None, headers=None):
         url = f"ws://{self.address}/stream"
         with connect(url, origin=origin, additional_headers=headers, max_size=None, proxy=None) as connection:
-            yield Page(connection)
+            yield Client(connection)
 
     @contextlib.contextmanager
     def opened(self, prompt="ink", exact=False, **options):
@@ -120,13 +71,6 @@ def server():
         yield server
 
 
-def until(condition, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    assert condition()
-
-
 def test_frames_come_back_in_order_with_their_numbers(server):
     with server.opened(steps=2, exact=True) as page:  # keeps its steps on a busy machine too
         assert page.ready["size"] == [SIDE, SIDE] and page.ready["options"]["steps"] == 2
@@ -137,8 +81,8 @@ def test_frames_come_back_in_order_with_their_numbers(server):
         page.wait_for_frames(9)  # 13 came, the last chunk of 4 is held by the stream batch
         assert list(page.pictures) == list(range(9))
         assert [h["chunk"] for h in page.headers] == [0, 1] and page.headers[-1]["ack"] == 12
-        for seq, picture in page.pictures.items():
-            errors = np.abs(picture[8:].astype(int) - FRAMES[:, 8:].astype(int)).mean((1, 2, 3))
+        for seq in page.pictures:
+            errors = np.abs(page.pixels(seq)[8:].astype(int) - FRAMES[:, 8:].astype(int)).mean((1, 2, 3))
             assert errors.argmin() == seq, "the frame that went in, but for JPEG"
 
 
@@ -159,7 +103,7 @@ def test_a_prompt_is_seen_in_its_first_chunk(server):
         news = page.wait_for("applied")
         assert (news["what"], news["prompt_id"], news["chunk"], news["note"]) == ("prompt", 1, 1, "recache")
         assert [h["prompt_id"] for h in page.headers] == [0, 1] and 0 <= news["after_ms"] < 5000
-        levels = [int(page.pictures[seq][2:6, 2:6].mean().round()) for seq in (4, 5)]
+        levels = [int(page.pixels(seq)[2:6, 2:6].mean().round()) for seq in (4, 5)]
         assert np.abs(np.subtract(levels, [prompt_level("a"), prompt_level("zz")])).max() <= 2
 
 
@@ -181,7 +125,7 @@ def test_a_recording_is_downloaded_with_its_token_only(server, monkeypatch):
         bundle = server.get("/" + event["url"])
         with zipfile.ZipFile(io.BytesIO(bundle.content)) as packed:
             assert sorted(packed.namelist()) == ["input.mkv", "recipe.json", "recording.mp4"]
-            assert JPEGS[0] in packed.read("input.mkv")
+            assert JPEG in packed.read("input.mkv")
         assert server.get("/" + event["mp4"]).content[4:8] == b"ftyp"
         assert server.get("/" + event["recipe"]).json()["prompt"] == "ink"
         token = event["url"].split("/")[1]
@@ -218,7 +162,7 @@ def test_recipe_and_anchor(server, monkeypatch):
         ("x" * 20_001, "too_large", "longer than"),
         (b"", "bad_frame", "without a picture"),
         (b"\0\0\0\0garbage", "bad_frame", "not a readable JPEG"),
-        (b"\0\0\0\0" + JPEGS[0][:-2], "bad_frame", "damaged"),
+        (b"\0\0\0\0" + JPEG[:-2], "bad_frame", "damaged"),
         (b"\0\0\0\0" + jpeg(np.zeros((32, 32, 3), np.uint8)), "bad_frame", "32×32"),
         (b"\0\0\0\0" + jpeg(np.zeros((64, 4100, 3), np.uint8)), "too_large", "4100×64"),
         (b"\0" * 2_000_001, "too_large", "larger than 2 MB"),
@@ -337,7 +281,7 @@ def test_a_page_that_does_not_read_makes_nothing_pile_up(server):
             time.sleep(0.005)
         assert 0 < most <= live.MAX_EVENTS + MAX_WISHES + 2
         page.socket.socket.shutdown(socket.SHUT_RDWR)  # without a goodbye
-    until(lambda: server.engine.num_streams == 0, seconds=10)
+    until(lambda: server.engine.num_streams == 0)
 
 
 def test_a_viewer_is_told_how_long_the_stream_may_last():
