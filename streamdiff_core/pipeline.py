@@ -35,6 +35,7 @@ from streamdiff_core.stream_options import Prompt, StreamOptions, check_options
 from streamdiff_core.text import TinyTextEncoder
 from streamdiff_core.types import StreamingVAE, TextEncoder
 from streamdiff_core.vae import TinyVAE
+from streamdiff_core.wan_vae import WanVAE
 from streamdiff_core.weights import hash_weights, load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class StreamPipeline:
         self.vae, self.text_encoder = vae, text_encoder
         self.device = transformer.device
         self.engine = Engine(transformer)
+        self._has_chosen_layout = False
         self._prompts: OrderedDict[tuple[tuple[str, float], ...], PromptContext] = OrderedDict()
 
     @classmethod
@@ -167,6 +169,7 @@ class StreamPipeline:
         )
         check_options(options, p)
         self._choose_attention(options)
+        self._choose_layout(options)
         return self.session_type(self, prompt, options)
 
     def _choose_attention(self, options: StreamOptions) -> None:
@@ -178,6 +181,12 @@ class StreamPipeline:
                 model.num_heads, model.head_dim, options.latent_frames_per_chunk * tokens,
                 options.cache.cache_frames * tokens, self.transformer.dtype, self.device,
             )  # fmt: skip
+
+    def _choose_layout(self, options: StreamOptions) -> None:
+        """The same for the order of Wan's VAE in memory."""
+        if self.device.type == "cuda" and isinstance(self.vae, WanVAE) and not self._has_chosen_layout:
+            self.vae.choose_layout(options.height, options.width)
+            self._has_chosen_layout = True
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: Prompt) -> PromptContext:

@@ -8,21 +8,27 @@ what the whole clip gives, for any number of streams.
 StreamDiffusionV2's models read the encoder's mean as it is and write normalised latents (SPEC §5.2): with
 ``raw_latents`` ``encode`` returns the raw mean. ``decode`` always undoes the normalisation.
 
-Weights come from ``weights.load_wan_vae``.
+Weights come from ``weights.load_wan_vae``. They lie channels-last, which a CPU computes faster in bfloat16 and as fast
+in float32 (``docs/LOG.md``); on a GPU ``choose_layout`` measures both orders when the first stream starts.
 
 Shapes: B streams, T pixel frames, F latent frames, H x W pixels, h x w = H/8 x W/8.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from streamdiff_core.attention_choice import REPEATS, time_call_ms
+
 GROUP = 4
 """Pixel frames per latent frame after the first."""
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Name of that order in memory, by number of dimensions."""
 
 
 @dataclass(slots=True)
@@ -50,6 +56,7 @@ class WanVAE(nn.Module):
         for name in ("mean", "std"):
             values = torch.tensor(getattr(autoencoder.config, f"latents_{name}"))[:, None, None, None]
             self.register_buffer(f"latents_{name}", values, persistent=False)
+        self.lay_out(channels_last=True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,6 +67,35 @@ class WanVAE(nn.Module):
         """Fresh memory for one stream."""
         encoder, decoder = self._sizes
         return WanVAEState(encoder=[None] * encoder, decoder=[None] * decoder)
+
+    @torch.inference_mode(False)  # weights stay ordinary tensors
+    def lay_out(self, *, channels_last: bool) -> None:
+        """Put the weights in this order in memory; what convolutions write follows them. Streams may go on."""
+        self.channels_last = channels_last
+        for weight in self.autoencoder.parameters():
+            if weight.ndim in CHANNELS_LAST:
+                order = CHANNELS_LAST[weight.ndim] if channels_last else torch.contiguous_format
+                weight.data = weight.data.contiguous(memory_format=order)
+
+    @torch.inference_mode()
+    def choose_layout(
+        self,
+        height: int,
+        width: int,
+        *,
+        time_ms: Callable[[Callable[[], object], torch.device], float] = time_call_ms,
+    ) -> None:
+        """Keep the order in which one chunk of H x W pixels is encoded and decoded faster (best of five calls)."""
+        device, took_ms = self.latents_mean.device, {}
+        frames = torch.zeros(1, 1 + GROUP, 3, height, width, device=device)
+        for channels_last in (True, False):
+            self.lay_out(channels_last=channels_last)
+            state = self.new_state()
+            self.decode(self.encode(frames, state), state)  # the first call also lets libraries choose algorithms
+            took_ms[channels_last] = min(
+                time_ms(lambda s=state: self.decode(self.encode(frames[:, 1:], s), s), device) for _ in range(REPEATS)
+            )
+        self.lay_out(channels_last=took_ms[True] <= took_ms[False])
 
     def encode(self, frames: Tensor, state: WanVAEState) -> Tensor:
         """Encode the next frames of a stream.

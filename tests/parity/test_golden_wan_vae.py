@@ -14,13 +14,15 @@ from streamdiff_core.weights import load_wan_vae
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[True, False], ids=["channels_last", "plain"])
 def golden_vae(request):
-    """The reference's tiny VAE, loaded from its original key names, and the recorded tensors."""
+    """The reference's tiny VAE, loaded from its original key names, in both orders in memory; the recorded tensors."""
     folder = request.getfixturevalue("golden_dir")
     config = json.loads((folder / "g_vae_weights.json").read_text())["config"]
     names = {"base_dim": config["dim"], "z_dim": config["z_dim"]}
     vae = load_wan_vae(folder / "g_vae_weights.safetensors", **names)
+    assert vae.channels_last
+    vae.lay_out(channels_last=request.param)
     return vae, {name: tensor for name, tensor in load_file(folder / "g_vae.safetensors").items()}
 
 
@@ -46,6 +48,7 @@ def test_normalised_latents(golden_vae):
     """What Self Forcing's models read; StreamDiffusionV2's read the raw mean (SPEC §5.2)."""
     vae, golden = golden_vae
     normalised = WanVAE(vae.autoencoder, raw_latents=False)
+    normalised.lay_out(channels_last=vae.channels_last)
     mean = stream(normalised, "encode", golden["video"].transpose(1, 2), [25]).transpose(1, 2)
     torch.testing.assert_close(mean, golden["encode_full_normalised"], **TOLERANCE)
 
