@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from streamdiff_core.latency_model import LatencyModel
-from streamdiff_core.planner import ladder, load, row_cap, tick_ms
+from streamdiff_core.planner import ladder, load, tick_cap, tick_ms
 from streamdiff_core.slo import PlannerOptions, Setting, StreamView, serve_of, steady_of
 
 
@@ -140,4 +140,4 @@ def _ttff_ms(
     first = serve_of(replace(newcomer, is_fresh=True), setting, options)
     running = [serve_of(steady_of(stream, setting, options), setting, options) for stream in streams]
     fill_ms = 1e3 * (first.num_frames - 1) / newcomer.fps
-    return fill_ms + tick_ms(running[: row_cap(model, 1, options)], model) + tick_ms([first], model)
+    return fill_ms + tick_ms(running[: tick_cap(model, 1, options)], model) + tick_ms([first], model)

@@ -65,6 +65,11 @@ def after_cache(
     return torch.addcmul(x, block.ffn[2](linear_gelu(y, block.ffn[0])), gate2)
 
 
+def is_compiled(transformer: CausalWanTransformer) -> bool:
+    """Whether ``compile_blocks`` was here."""
+    return any("forward" in vars(block) for block in transformer.blocks)
+
+
 def has_compiler() -> bool:
     """Whether a C++ compiler is on the path."""
     return any(map(shutil.which, ("g++", "clang++", "c++", "cl")))

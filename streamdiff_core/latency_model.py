@@ -62,9 +62,26 @@ class LatencyModel:
             scaled to the machine by the first measurements.
         window: measurements remembered per stage; older ones are forgotten, so the model follows the machine.
         min_samples: measurements before the prior is left.
+        lane: what the same calls take on one core while ``num_lanes - 1`` others work too; None: all cores always
+            work together.
+        num_lanes: cores that can each run a stream of its own.
+
+    Raises:
+        ValueError: not one prior per stage, or lanes without their costs.
     """
 
-    def __init__(self, priors: Mapping[str, Line], *, window: int = 128, min_samples: int = 3) -> None:
+    def __init__(
+        self,
+        priors: Mapping[str, Line],
+        *,
+        window: int = 128,
+        min_samples: int = 3,
+        lane: LatencyModel | None = None,
+        num_lanes: int = 1,
+    ) -> None:
+        if (lane is None) != (num_lanes == 1):
+            raise ValueError(f"{num_lanes} lanes need {'no' if lane else 'a'} latency model of a lane")
+        self.lane, self.num_lanes = lane, num_lanes
         if set(priors) != set(STAGES):
             raise ValueError(f"need one prior for each of {', '.join(STAGES)}, got {', '.join(sorted(priors))}")
         self._priors, self._min_samples = dict(priors), min_samples

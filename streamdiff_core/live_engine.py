@@ -187,6 +187,7 @@ class LiveEngine:
         for stream in [*self._streams, *self.line.waiting]:
             self.close(stream)
         self._thread.join(timeout=10)
+        self.turns.close()
         self.shelf.close()
 
     def seconds_left(self, stream: LiveStream) -> float | None:

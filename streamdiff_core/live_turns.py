@@ -12,15 +12,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from streamdiff_core.compiled import is_compiled
+from streamdiff_core.engine import Engine
+from streamdiff_core.lanes import Lanes
 from streamdiff_core.latency_model import STAGES, LatencyModel, Line
-from streamdiff_core.lockstep import Lockstep, Rows
-from streamdiff_core.planner import plan
+from streamdiff_core.lockstep import Lockstep, Rows, Work
+from streamdiff_core.planner import plan, split
 from streamdiff_core.roofline import MACHINES, WORKLOADS, seed_line
 from streamdiff_core.slo import PlannerOptions, PlannerState, StreamView, Tick
 
@@ -54,18 +59,29 @@ class Turns:
         self.state, self.load = PlannerState(), 0.0
         self.rows: deque[int] = deque(maxlen=256)
         """Rows of the latest forwards."""
-        self._policy, self._clock, self._num_forwards = policy, clock, 0
+        self._policy, self._clock, self._has_forwarded = policy, clock, False
+        self._lanes: Lanes | None = None
 
     def learn(self, pipe: StreamPipeline) -> float:
-        """Time a stream of grey frames, which also warms the model up; milliseconds of one chunk."""
+        """Time streams of grey frames, which also warms the model up; milliseconds of one chunk of one stream."""
+        num_lanes = count_lanes(pipe)
+        if num_lanes > 1 and self._lanes is None:
+            self._lanes = Lanes(num_lanes)
+        self.options = replace(self.options, temporal_stride=pipe.preset.vae.temporal_stride)
+        calls, chunk_ms = self._time_chunks(pipe)
+        lane = None
+        if num_lanes > 1:
+            timed = self._lanes.run([lambda: self._time_chunks(pipe)] * num_lanes)
+            lane = learned_model(pipe, [call for its_calls, _ in timed for call in its_calls])
+        self.model = learned_model(pipe, calls, lane=lane, num_lanes=num_lanes)
+        self._together = self._lockstep(pipe, self.model.observe)
+        self._in_lane = self._lockstep(pipe, lane.observe) if lane else None
+        return chunk_ms
+
+    def _time_chunks(self, pipe: StreamPipeline) -> tuple[list[tuple[str, int, int, float]], float]:
+        """Measured calls of a warm stream, and the least time of a chunk: what it takes, not what else was done."""
         calls: list[tuple[str, int, int, float]] = []
-        self._observe = lambda *call: calls.append(call)
-        self._lockstep = Lockstep(
-            lambda rows: self._forward(pipe, rows),
-            observe=lambda *call: self._observe(*call),
-            on_split=self._fewer_rows,
-            sync=torch.cuda.synchronize if pipe.device.type == "cuda" else lambda: None,
-        )
+        lockstep = self._lockstep(pipe, lambda *call: calls.append(call))
         with pipe.start("warm-up") as session:
             count = pipe.preset.vae.temporal_stride * session.options.latent_frames_per_chunk
             frames = np.full((count, session.options.height, session.options.width, 3), 128, np.uint8)
@@ -76,22 +92,23 @@ class Turns:
                     calls.clear()
                     chunks_ms.clear()
                 start_s = time.perf_counter()
-                (result,) = self._lockstep.run([session.work(frames)])
+                (result,) = lockstep.run([session.work(frames)])
                 if isinstance(result, Exception):
                     raise result
                 chunks_ms.append(1e3 * (time.perf_counter() - start_s))
-        self.options = replace(self.options, temporal_stride=pipe.preset.vae.temporal_stride)
-        seen = {stage for stage, *_ in calls}
-        priors = prior_lines(pipe)
-        self.model = LatencyModel({stage: priors[stage] if stage in seen else NO_COST for stage in STAGES})
-        self._observe = self.model.observe
-        for call in calls:
-            self.model.observe(*call)
-        return min(chunks_ms)  # what it takes, not what else the machine did just then
+        return calls, min(chunks_ms)
+
+    def _lockstep(self, pipe: StreamPipeline, observe: Callable[[str, int, int, float], None]) -> Lockstep:
+        return Lockstep(
+            lambda rows: self._forward(pipe, rows),
+            observe=observe,
+            on_split=self._fewer_rows,
+            sync=torch.cuda.synchronize if pipe.device.type == "cuda" else lambda: None,
+        )
 
     def _forward(self, pipe: StreamPipeline, rows: Rows) -> list[Tensor]:
         self.rows.append(len(rows))
-        self._num_forwards += 1
+        self._has_forwarded = True
         return pipe.engine.forward(rows)
 
     def plan(self, streams: Sequence[LiveStream]) -> Tick:
@@ -114,27 +131,56 @@ class Turns:
         exact = [stream for stream in serves if stream.is_exact]
         together = [stream for stream in serves if not stream.is_exact]
         for group in ([together] if together else []) + [[stream] for stream in exact]:
-            works = []
+            works: list[Work[None]] = []
             for stream in group:
                 stream.last_turn_s = self._clock()
                 stream.lower_steps(tick.setting.fewer_steps)
                 stream.inbox.discard(serves[stream].num_dropped)
                 works.append(stream.work())
-            self._num_forwards, start_s = 0, time.perf_counter()
-            results = self._lockstep.run(works)
+            self._has_forwarded, start_s = False, time.perf_counter()
+            results = self._run_works(works, split([serves[stream] for stream in group], tick.num_lanes))
             failed = {s: result for s, result in zip(group, results, strict=True) if isinstance(result, Exception)}
-            if not self._num_forwards and not failed:  # a ring of stages runs its rows itself
+            if not self._has_forwarded and not failed:  # a ring of stages runs its rows itself
                 took_ms = 1e3 * (time.perf_counter() - start_s) / len(group)
                 for stream in group:
                     self.model.observe("encode", 1, serves[stream].latent_frames, took_ms)
             errors |= failed
         return errors
 
+    def _run_works(self, works: Sequence[Work[None]], lanes: Sequence[Sequence[int]]) -> list[Any]:
+        """Result of each, all cores together or side by side."""
+        lanes = [lane for lane in lanes if lane]
+        if len(lanes) < 2:
+            return self._together.run(works)
+        jobs = [partial(self._in_lane.run, [works[i] for i in lane]) for lane in lanes]
+        results = dict(zip(chain(*lanes), chain(*self._lanes.run(jobs)), strict=True))
+        return [results[i] for i in range(len(works))]
+
+    def close(self) -> None:
+        """End the lanes' threads."""
+        if self._lanes is not None:
+            self._lanes.close()
+
     def _fewer_rows(self, error: Exception) -> None:
         """A joint forward failed; where memory ran out the next ones are smaller."""
         if is_out_of_memory(error):
             self.options = replace(self.options, max_rows=max(1, self.options.max_rows // 2))
             logger.warning("memory ran out; forwards hold %d rows from now on", self.options.max_rows)
+
+
+def count_lanes(pipe: StreamPipeline) -> int:
+    """Streams that can run side by side, a core each: on a CPU, where the forwards are PyTorch's own."""
+    is_plain = type(pipe.engine) is Engine and not is_compiled(pipe.transformer)  # compiled code counts its threads
+    return torch.get_num_threads() if pipe.device.type == "cpu" and is_plain else 1
+
+
+def learned_model(pipe: StreamPipeline, calls: Sequence[tuple[str, int, int, float]], **lanes: Any) -> LatencyModel:
+    """A model that starts from measured calls; a stage that was never seen costs nothing."""
+    seen, priors = {stage for stage, *_ in calls}, prior_lines(pipe)
+    model = LatencyModel({stage: priors[stage] if stage in seen else NO_COST for stage in STAGES}, **lanes)
+    for call in calls:
+        model.observe(*call)
+    return model
 
 
 def prior_lines(pipe: StreamPipeline) -> dict[str, Line]:

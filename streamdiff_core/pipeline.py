@@ -7,6 +7,7 @@ another equals two fresh processes.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from copy import deepcopy
@@ -60,6 +61,7 @@ class StreamPipeline:
         self.engine = Engine(transformer)
         self._has_chosen_layout = False
         self._prompts: OrderedDict[tuple[tuple[str, float], ...], PromptContext] = OrderedDict()
+        self._prompts_lock = threading.Lock()
 
     @classmethod
     def from_preset(
@@ -200,16 +202,17 @@ class StreamPipeline:
         if not weights or not 0 < total < float("inf") or min(weights.values()) < 0:
             raise ValueError(f"prompt weights must be >= 0 and not all zero, got {weights}")
         key = tuple(weights.items())
-        if key in self._prompts:
-            self._prompts.move_to_end(key)
-        else:
-            tokens = self.text_encoder.encode(list(weights))
-            share = torch.tensor(list(weights.values()), device=tokens.device, dtype=tokens.dtype) / total
-            mixed = (tokens * share[:, None, None]).sum(0, keepdim=True)
-            self._prompts[key] = self.engine.encode_prompt(mixed)
-            while len(self._prompts) > self._num_prompts_kept(self._prompts[key]):
-                self._prompts.popitem(last=False)
-        return self._prompts[key]
+        with self._prompts_lock:  # streams may run side by side
+            if key in self._prompts:
+                self._prompts.move_to_end(key)
+            else:
+                tokens = self.text_encoder.encode(list(weights))
+                share = torch.tensor(list(weights.values()), device=tokens.device, dtype=tokens.dtype) / total
+                mixed = (tokens * share[:, None, None]).sum(0, keepdim=True)
+                self._prompts[key] = self.engine.encode_prompt(mixed)
+                while len(self._prompts) > self._num_prompts_kept(self._prompts[key]):
+                    self._prompts.popitem(last=False)
+            return self._prompts[key]
 
     def _num_prompts_kept(self, prompt: Any) -> int:
         """A prompt of the 14B model holds 0.4 GB on the GPU, so there is room for few of them."""

@@ -63,25 +63,25 @@ def plan(
     ready = sorted((s for s in streams if is_ready(s, setting, options)), key=lambda s: urgency_of(s, setting, options))
     arriving = [s for s in streams if s.is_fresh and s.arrivals_s and not is_ready(s, setting, options)]
     chosen: list[tuple[StreamView, Serve]] = []
-    num_rows, first_due_s, took_ms = 0, math.inf, 0.0
+    num_rows, first_due_s = 0, math.inf
     for stream in ready:
         serve = serve_of(stream, setting, options)
-        is_full = num_rows >= row_cap(model, serve.latent_frames, options)
+        is_full = num_rows >= tick_cap(model, serve.latent_frames, options)
         if chosen and (is_full or num_rows + serve.rows[0] > options.max_rows):
             break
         num_rows += serve.rows[0]
         due_s = due_of(stream, setting, options)
         if now_s + tick_ms([serve], model) / 1e3 <= due_s:
             first_due_s = min(first_due_s, due_s)
-        together_ms = tick_ms([*(s for _, s in chosen), serve], model)
-        end_s = now_s + together_ms / 1e3
+        end_s = now_s + tick_ms([*(s for _, s in chosen), serve], model) / 1e3
         if chosen and (end_s > first_due_s or _keeps_waiting(arriving, model, setting, end_s, options)):
             break
         chosen.append((stream, serve))
-        took_ms = together_ms
-    end_s = now_s + took_ms / 1e3
+    if len(chosen) > model.num_lanes and num_lanes_of([serve for _, serve in chosen], model) > 1:
+        del chosen[len(chosen) // model.num_lanes * model.num_lanes :]  # an odd one would leave the other lanes idle
+    end_s = now_s + tick_ms([serve for _, serve in chosen], model) / 1e3
     serves = tuple(_drop_late(stream, serve, setting, end_s, options) for stream, serve in chosen)
-    return _tick(streams, serves, took_ms, setting, state, model, options)
+    return _tick(streams, serves, setting, state, model, options)
 
 
 def plan_fifo(
@@ -100,7 +100,7 @@ def plan_fifo(
         if serves and sum(s.rows[0] for s in serves) + serve.rows[0] > options.max_rows:
             break
         serves.append(serve)
-    return _tick(streams, tuple(serves), tick_ms(serves, model), setting, state, model, options)
+    return _tick(streams, tuple(serves), setting, state, model, options)
 
 
 def choose_level(
@@ -160,6 +160,14 @@ def load(streams: Sequence[StreamView], model: LatencyModel, setting: Setting, o
 
 
 def _load(kinds: Counter[StreamView], model: LatencyModel, setting: Setting, options: PlannerOptions) -> float:
+    """Of the faster way: all cores together, or in lanes."""
+    together, num_lanes = _share(kinds, model, setting, options), min(model.num_lanes, kinds.total())
+    return min(together, _share(kinds, model.lane, setting, options, num_lanes)) if num_lanes > 1 else together
+
+
+def _share(
+    kinds: Counter[StreamView], model: LatencyModel, setting: Setting, options: PlannerOptions, num_lanes: int = 1
+) -> float:
     """Fixed costs are shared, but there are at least as many forwards as the busiest stream has."""
     denoise, work_ms, full_forwards, own_forwards = model.line("denoise"), 0.0, 0.0, 0.0
     for stream, count in kinds.items():
@@ -170,7 +178,7 @@ def _load(kinds: Counter[StreamView], model: LatencyModel, setting: Setting, opt
         cap = max(row_cap(model, serve.latent_frames, options), serve.rows[0])
         full_forwards += count * per_s * sum(serve.rows) / cap
         own_forwards = max(own_forwards, per_s * len(serve.rows))
-    return (work_ms + denoise.fixed_ms * max(full_forwards, own_forwards)) / 1e3
+    return (work_ms + denoise.fixed_ms * max(full_forwards, num_lanes * own_forwards)) / 1e3 / num_lanes
 
 
 def _kinds(streams: Sequence[StreamView]) -> Counter[StreamView]:
@@ -190,6 +198,14 @@ def row_cap(model: LatencyModel, latent_frames: int, options: PlannerOptions) ->
     return options.max_rows if knee >= options.max_rows else max(1, math.ceil(knee))
 
 
+def tick_cap(model: LatencyModel, latent_frames: int, options: PlannerOptions) -> int:
+    """Rows up to which a tick is filled: as ``row_cap``, in each lane where there are lanes."""
+    together = row_cap(model, latent_frames, options)
+    return (
+        together if model.lane is None else max(together, model.num_lanes * row_cap(model.lane, latent_frames, options))
+    )
+
+
 def calls_of(serves: Sequence[Serve]) -> list[tuple[str, int, int]]:
     """(stage, rows, latent frames) of every call of a tick, as ``LatencyModel.observe`` takes them.
 
@@ -204,8 +220,34 @@ def calls_of(serves: Sequence[Serve]) -> list[tuple[str, int, int]]:
 
 
 def tick_ms(serves: Sequence[Serve], model: LatencyModel) -> float:
-    """Time of a tick: that of its calls."""
+    """Time of a tick: that of its calls, in lanes of the longest lane."""
+    return min(_together_ms(serves, model), _lanes_ms(serves, model))
+
+
+def num_lanes_of(serves: Sequence[Serve], model: LatencyModel) -> int:
+    """In how many lanes a tick runs; 1: all cores work together."""
+    is_faster = _lanes_ms(serves, model) < _together_ms(serves, model)
+    return min(model.num_lanes, len(serves)) if is_faster else 1
+
+
+def split(serves: Sequence[Serve], num_lanes: int) -> list[list[int]]:
+    """Which serves, by index, run in which lane: the longest first, each where least is to be done."""
+    lanes: list[list[int]] = [[] for _ in range(num_lanes)]
+    work = [sum(serve.rows) * serve.latent_frames for serve in serves]
+    for i in sorted(range(len(serves)), key=lambda i: -work[i]):
+        min(lanes, key=lambda lane: sum(work[j] for j in lane)).append(i)
+    return [sorted(lane) for lane in lanes]
+
+
+def _together_ms(serves: Sequence[Serve], model: LatencyModel) -> float:
     return sum(model.ms(*call) for call in calls_of(serves))
+
+
+def _lanes_ms(serves: Sequence[Serve], model: LatencyModel) -> float:
+    if model.lane is None or len(serves) < 2:
+        return math.inf
+    lanes = split(serves, min(model.num_lanes, len(serves)))
+    return max(_together_ms([serves[i] for i in lane], model.lane) for lane in lanes)
 
 
 def _drop_late(stream: StreamView, serve: Serve, setting: Setting, end_s: float, options: PlannerOptions) -> Serve:
@@ -236,7 +278,6 @@ def _delay_ms(stream: StreamView, model: LatencyModel, setting: Setting, options
 def _tick(
     streams: Sequence[StreamView],
     serves: tuple[Serve, ...],
-    predicted_ms: float,
     setting: Setting,
     state: PlannerState,
     model: LatencyModel,
@@ -244,6 +285,7 @@ def _tick(
 ) -> Tick:
     wake_s = min((ready_of(s, setting, options) for s in streams), default=math.inf)
     return Tick(
-        serves=serves, predicted_ms=predicted_ms, setting=setting, load=load(streams, model, setting, options),
-        state=state, wake_s=None if serves or wake_s == math.inf else wake_s,
+        serves=serves, predicted_ms=tick_ms(serves, model), setting=setting,
+        load=load(streams, model, setting, options), num_lanes=num_lanes_of(serves, model), state=state,
+        wake_s=None if serves or wake_s == math.inf else wake_s,
     )  # fmt: skip

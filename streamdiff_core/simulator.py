@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from streamdiff_core.admission import AdmissionOptions, admit
 from streamdiff_core.latency_model import LatencyModel
-from streamdiff_core.planner import calls_of, load, plan
+from streamdiff_core.planner import calls_of, load, plan, split
 from streamdiff_core.scenarios import Network, Report, StreamRecord, Viewer
 from streamdiff_core.slo import PlannerOptions, PlannerState, Serve, Setting, StreamView, Tick, inbox_frames_of
 
@@ -248,17 +248,22 @@ class _Simulation:
         self.at(self.now_s + took_s, self.finish, replica, served)
 
     def run_calls(self, tick: Tick, replica: _Replica) -> float:
-        """Seconds the tick really takes; the planner's model sees every call."""
-        total_ms = 0.0
-        for stage, rows, latent_frames in calls_of(tick.serves):
-            ms = self.world.true_model.ms(stage, rows, latent_frames) * self.rng.lognormvariate(0, self.world.noise)
-            ms *= 3 if self.rng.random() < self.world.hiccups else 1
-            total_ms += ms
-            if stage == "denoise":
-                self.report.rows.append(rows)
-            if replica.learns:
-                replica.model.observe(stage, rows, latent_frames, ms)
-        return total_ms / 1e3
+        """Seconds the tick really takes, as long as its longest lane; the planner's model sees every call."""
+        in_lanes = tick.num_lanes > 1
+        true_model = self.world.true_model.lane if in_lanes else self.world.true_model
+        learner = replica.model.lane if in_lanes else replica.model
+        lanes_ms = []
+        for lane in split(tick.serves, tick.num_lanes):
+            lanes_ms.append(0.0)
+            for stage, rows, latent_frames in calls_of([tick.serves[i] for i in lane]):
+                ms = true_model.ms(stage, rows, latent_frames) * self.rng.lognormvariate(0, self.world.noise)
+                ms *= 3 if self.rng.random() < self.world.hiccups else 1
+                lanes_ms[-1] += ms
+                if stage == "denoise":
+                    self.report.rows.append(rows)
+                if replica.learns:
+                    learner.observe(stage, rows, latent_frames, ms)
+        return max(lanes_ms) / 1e3
 
     def finish(self, replica: _Replica, served: list[tuple[_Stream, list[float]]]) -> None:
         """A tick is done: its frames come out, and the next may begin."""

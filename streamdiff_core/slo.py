@@ -143,6 +143,8 @@ class Tick:
     """Quality in force."""
     load: float
     """Share of the machine's time that all streams need at this quality; above 1 it falls behind."""
+    num_lanes: int
+    """1: rows of all streams in joint forwards on all cores; else the streams side by side (``planner.split``)."""
     state: PlannerState
     """For the next call."""
     wake_s: float | None

@@ -1,0 +1,52 @@
+"""Lanes: a core for each of several streams, in place of all cores for one stream after the other.
+
+A second core does not halve a chunk. Each of its operations waits for the slower thread, and Python, small operations
+and much of the VAE leave it idle. Two streams side by side, a core each, fill it: one's decoding runs beside the
+other's transformer. The ``planner`` decides when that is faster (``LatencyModel.lane`` knows what it costs).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Lanes:
+    """Threads that compute with one core each; made by the thread that runs the model.
+
+    Args:
+        count: how many.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        num_threads = torch.get_num_threads()
+        all_here = threading.Barrier(count)
+
+        def take_a_core() -> None:
+            torch.get_num_threads()  # a thread's first question sets its number to the default: not after ours
+            torch.set_num_threads(1)
+            all_here.wait()
+
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="streamdiff-lane", initializer=take_a_core)
+        for future in [self._threads.submit(lambda: None) for _ in range(count)]:
+            future.result()
+        torch.set_num_threads(num_threads)  # the latest call, in whatever thread, also is the default of new threads
+
+    def run(self, jobs: Sequence[Callable[[], Result]]) -> list[Result]:
+        """Result of each job, at most ``count`` at a time; the first error once all have ended."""
+        futures = [self._threads.submit(job) for job in jobs]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """End the threads once they have nothing to do."""
+        self._threads.shutdown(wait=False)
