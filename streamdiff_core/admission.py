@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from streamdiff_core.latency_model import LatencyModel
-from streamdiff_core.planner import ladder, load, tick_cap, tick_ms
-from streamdiff_core.slo import PlannerOptions, Setting, StreamView, serve_of, steady_of
+from streamdiff_core.planner import is_full, ladder, load, tick_ms
+from streamdiff_core.slo import PlannerOptions, Serve, Setting, StreamView, serve_of, steady_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +138,10 @@ def _ttff_ms(
     """Filling the first chunk, then the longest tick that may be running, then its own."""
     setting = Setting()
     first = serve_of(replace(newcomer, is_fresh=True), setting, options)
-    running = [serve_of(steady_of(stream, setting, options), setting, options) for stream in streams]
+    running: list[Serve] = []
+    for stream in streams:
+        if running and is_full(running, model, options):
+            break
+        running.append(serve_of(steady_of(stream, setting, options), setting, options))
     fill_ms = 1e3 * (first.num_frames - 1) / newcomer.fps
-    return fill_ms + tick_ms(running[: tick_cap(model, 1, options)], model) + tick_ms([first], model)
+    return fill_ms + tick_ms(running, model) + tick_ms([first], model)

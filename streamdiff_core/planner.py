@@ -66,19 +66,18 @@ def plan(
     num_rows, first_due_s = 0, math.inf
     for stream in ready:
         serve = serve_of(stream, setting, options)
-        is_full = num_rows >= tick_cap(model, serve.latent_frames, options)
-        if chosen and (is_full or num_rows + serve.rows[0] > options.max_rows):
+        before = [s for _, s in chosen]
+        if chosen and (is_full(before, model, options) or num_rows + serve.rows[0] > options.max_rows):
             break
         num_rows += serve.rows[0]
         due_s = due_of(stream, setting, options)
         if now_s + tick_ms([serve], model) / 1e3 <= due_s:
             first_due_s = min(first_due_s, due_s)
-        end_s = now_s + tick_ms([*(s for _, s in chosen), serve], model) / 1e3
+        end_s = now_s + tick_ms([*before, serve], model) / 1e3
         if chosen and (end_s > first_due_s or _keeps_waiting(arriving, model, setting, end_s, options)):
             break
         chosen.append((stream, serve))
-    if len(chosen) > model.num_lanes and num_lanes_of([serve for _, serve in chosen], model) > 1:
-        del chosen[len(chosen) // model.num_lanes * model.num_lanes :]  # an odd one would leave the other lanes idle
+    chosen = _even(chosen, model)
     end_s = now_s + tick_ms([serve for _, serve in chosen], model) / 1e3
     serves = tuple(_drop_late(stream, serve, setting, end_s, options) for stream, serve in chosen)
     return _tick(streams, serves, setting, state, model, options)
@@ -198,12 +197,14 @@ def row_cap(model: LatencyModel, latent_frames: int, options: PlannerOptions) ->
     return options.max_rows if knee >= options.max_rows else max(1, math.ceil(knee))
 
 
-def tick_cap(model: LatencyModel, latent_frames: int, options: PlannerOptions) -> int:
-    """Rows up to which a tick is filled: as ``row_cap``, in each lane where there are lanes."""
-    together = row_cap(model, latent_frames, options)
-    return (
-        together if model.lane is None else max(together, model.num_lanes * row_cap(model.lane, latent_frames, options))
-    )
+def is_full(serves: Sequence[Serve], model: LatencyModel, options: PlannerOptions) -> bool:
+    """Whether a tick's forwards have the rows that ``row_cap`` asks for; in lanes, whether those of each lane have."""
+
+    def has_cap(lane: Sequence[Serve], model: LatencyModel) -> bool:
+        return bool(lane) and sum(s.rows[0] for s in lane) >= row_cap(model, lane[-1].latent_frames, options)
+
+    lanes = [] if model.lane is None else split(serves, model.num_lanes)
+    return has_cap(serves, model) and all(has_cap([serves[i] for i in lane], model.lane) for lane in lanes)
 
 
 def calls_of(serves: Sequence[Serve]) -> list[tuple[str, int, int]]:
@@ -248,6 +249,14 @@ def _lanes_ms(serves: Sequence[Serve], model: LatencyModel) -> float:
         return math.inf
     lanes = split(serves, min(model.num_lanes, len(serves)))
     return max(_together_ms([serves[i] for i in lane], model.lane) for lane in lanes)
+
+
+def _even(chosen: list[tuple[StreamView, Serve]], model: LatencyModel) -> list[tuple[StreamView, Serve]]:
+    """Without those who would leave the other lanes idle, where the rest then costs less each."""
+    serves, count = [serve for _, serve in chosen], len(chosen) // model.num_lanes * model.num_lanes
+    if 0 < count < len(chosen) and tick_ms(serves[:count], model) / count < tick_ms(serves, model) / len(serves):
+        return chosen[:count]
+    return chosen
 
 
 def _drop_late(stream: StreamView, serve: Serve, setting: Setting, end_s: float, options: PlannerOptions) -> Serve:

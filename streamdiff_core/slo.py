@@ -50,7 +50,7 @@ class PlannerOptions:
     """How several steps run. ``auto``: in turn (no lag) while the machine keeps up, else as one stream batch."""
     max_rows: int = 16
     """Rows of one forward, never exceeded."""
-    efficiency: float = 0.9
+    efficiency: float = 0.95
     """A forward is filled up to the rows that reach this share of the best possible throughput."""
     target_load: float = 0.9
     """Share of the machine's time that may be used; above it quality is lowered."""

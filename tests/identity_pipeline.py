@@ -123,6 +123,7 @@ class IdentityPipeline:
     """
 
     model_sha256 = "0" * 64
+    engine = None  # computes without one
 
     def __init__(
         self,

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from identity_pipeline import IdentityPipeline
 from random_pipeline import moving_frames, random_pipeline, stream
 
+from streamdiff_core import live_turns
 from streamdiff_core.admission import AdmissionOptions
 from streamdiff_core.latency_model import Line
 from streamdiff_core.live_engine import LiveEngine, ServerFullError
 from streamdiff_core.live_events import LiveReply
+from streamdiff_core.live_pauses import PauseWork
 from streamdiff_core.live_turns import Turns
+from streamdiff_core.planner import plan
 from streamdiff_core.slo import PlannerOptions
 
 FRAMES = moving_frames(61)
@@ -222,7 +226,8 @@ def put(viewer, count):
     viewer.engine.wake()
 
 
-def test_rows_of_streams_share_forwards_except_those_that_must_be_exact(engine):
+def test_rows_of_streams_share_forwards_except_those_that_must_be_exact(engine, monkeypatch):
+    monkeypatch.setattr(live_turns, "count_lanes", lambda pipe: 1)
     pipe = random_pipeline()
     sizes, forward = [], pipe.engine.forward
     pipe.engine.forward = lambda rows: sizes.append({id(cache) for cache, _ in rows}) or forward(rows)
@@ -247,6 +252,60 @@ def test_rows_of_streams_share_forwards_except_those_that_must_be_exact(engine):
     assert max(map(len, sizes)) == 2 and [s for s in sizes if mine in s] == [{mine}]
     clip = FRAMES[:13]
     assert np.array_equal(exact.video, pipe.start("ink", steps=1).push(clip))
+
+
+def test_streams_run_side_by_side_when_the_plan_says_so_except_those_that_must_be_exact(engine, monkeypatch):
+    monkeypatch.setattr(live_turns, "count_lanes", lambda pipe: 2)
+    pipe, threads = random_pipeline(), {}
+    forward = pipe.engine.forward
+
+    def noted(rows):
+        for cache, _ in rows:
+            threads.setdefault(id(cache), set()).add(threading.current_thread().name.rstrip("0123456789_"))
+        return forward(rows)
+
+    pipe.engine.forward = noted
+    lanes = Turns(PlannerOptions(degrade=()), policy=in_lanes)
+    running = engine(pipe, turns=lanes)
+    viewers = [Viewer(running, "ink", steps=1).began(), Viewer(running, "oil paint", steps=1, seed=3).began()]
+    exact = Viewer(running, "ink", steps=1, exact=True).began()
+    put_together(running, (*viewers, exact), 5)
+    for viewer in (*viewers, exact):
+        viewer.until(lambda v=viewer: len(v.pictures) == 5)
+    for viewer, options in zip(viewers, (("ink", 0), ("oil paint", 3)), strict=True):
+        alone = pipe.start(options[0], steps=1, seed=options[1]).push(FRAMES[:5])
+        assert np.abs(viewer.video.astype(int) - alone).max() <= 1
+        assert threads[id(viewer.stream.session.cache)] == {"streamdiff-lane"}
+    assert threads[id(exact.stream.session.cache)] == {"streamdiff-model"}
+
+    broken = viewers[1].stream.session.cache
+
+    def fails(rows):
+        if any(cache is broken for cache, _ in rows):
+            raise ZeroDivisionError("one row")
+        return forward(rows)
+
+    pipe.engine.forward = fails
+    put_together(running, viewers, 4)
+    viewers[0].until(lambda: len(viewers[0].pictures) == 9)
+    viewers[1].until(lambda: viewers[1].of_type("error"))
+    assert not viewers[0].of_type("error")
+
+
+def put_together(engine, viewers, count):
+    """Frames of all while the model is busy, so that all are ready at once."""
+    gate, is_busy = threading.Lock(), threading.Event()
+    with gate:
+        engine.work_in_pauses(PauseWork(lambda pipe: (is_busy.set(), gate.acquire(), gate.release()) and iter(())))
+        assert is_busy.wait(20)
+        for viewer in viewers:
+            put(viewer, count)
+
+
+def in_lanes(*args):
+    """The planner, but whoever runs together runs in two lanes."""
+    tick = plan(*args)
+    return replace(tick, num_lanes=min(2, max(1, len(tick.serves))))
 
 
 def test_steps_go_down_under_overload_are_told_and_come_back(engine):

@@ -10,7 +10,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamdiff_core.latency_model import LatencyModel, Line
-from streamdiff_core.planner import calls_of, choose_level, ladder, load, plan, plan_fifo, row_cap, tick_ms
+from streamdiff_core.planner import (
+    calls_of,
+    choose_level,
+    is_full,
+    ladder,
+    load,
+    plan,
+    plan_fifo,
+    row_cap,
+    split,
+    tick_ms,
+)
 from streamdiff_core.slo import (
     PlannerOptions,
     PlannerState,
@@ -323,3 +334,61 @@ def test_options_that_cannot_work_are_refused():
         with pytest.raises(ValueError, match=r"need max_rows|degrade knows|between 0 and 1"):
             PlannerOptions(**changes)
     assert math.isinf(StreamView(stream_id=0, fps=1).served_s)
+
+
+def lanes_of(num_lanes, lane_unit_ms, fixed_ms=2.0, unit_ms=20.0):
+    """Together k rows take fixed + k unit; in a lane a row takes ``lane_unit_ms``."""
+    lane = model_of(fixed_ms, lane_unit_ms)
+    stages = {stage: model_of(fixed_ms, unit_ms).line(stage) for stage in ("encode", "denoise", "decode")}
+    return LatencyModel(stages, lane=lane, num_lanes=num_lanes)
+
+
+def test_streams_run_side_by_side_where_that_is_faster():
+    """Two at 30 ms each beside 42 ms together; alone a stream has all cores, and slow lanes are left."""
+    streams = [waiting(i, steps=1) for i in range(2)]
+    tick = plan(streams, lanes_of(2, 30), PlannerState(), 0.0, PLAIN)
+    assert (len(tick.serves), tick.num_lanes) == (2, 2) and tick.predicted_ms == pytest.approx(32, abs=0.1)
+    tick = plan(streams[:1], lanes_of(2, 30), PlannerState(), 0.0, PLAIN)
+    assert tick.num_lanes == 1 and tick.predicted_ms == pytest.approx(22, abs=0.1)
+    tick = plan(streams, lanes_of(2, 45), PlannerState(), 0.0, PLAIN)
+    assert (len(tick.serves), tick.num_lanes) == (2, 1) and tick.predicted_ms == pytest.approx(42, abs=0.1)
+
+
+def test_an_odd_stream_waits_rather_than_leave_a_lane_idle():
+    """Three take two turns of a lane; the two most urgent go first, the third is in the next tick."""
+    streams = [waiting(i, steps=1, age_s=0.1 * i) for i in range(3)]
+    options = replace(PLAIN, max_rows=8)
+    tick = plan(streams, lanes_of(2, 30), PlannerState(), 0.0, options)
+    assert [serve.stream_id for serve in tick.serves] == [2, 1] and tick.num_lanes == 2
+    four = plan([*streams, waiting(3, steps=1)], lanes_of(2, 30), PlannerState(), 0.0, options)
+    assert len(four.serves) == 4
+
+
+def test_a_lane_gets_the_longest_where_least_is_to_be_done():
+    serves = [serve_of(steady(steps), Setting(mode="stream_batch"), PlannerOptions()) for steps in (1, 4, 1, 2)]
+    lanes = split(serves, 2)
+    assert sorted(sum(lanes, [])) == [0, 1, 2, 3]
+    assert [sum(sum(serves[i].rows) for i in lane) for lane in lanes] == [4, 4]
+    assert split(serves, 1) == [[0, 1, 2, 3]]
+
+
+def test_a_tick_is_full_when_every_lane_is():
+    options = PlannerOptions(efficiency=0.5, max_rows=8)
+    model = lanes_of(2, 30, fixed_ms=60, unit_ms=20)  # knees: 3 rows together, 2 in a lane
+    serves = [serve_of(steady(1), Setting(), options)] * 4
+    assert [is_full(serves[:count], model, options) for count in range(1, 5)] == [False, False, False, True]
+
+
+def test_the_load_of_lanes_is_shared_among_them():
+    """Four steady one-step streams of 10 fps, 2.5 chunks/s each, a row of them 30 ms in one of two lanes."""
+    model, options = lanes_of(2, 30), PLAIN
+    streams = [waiting(i, steps=1, fps=10.0) for i in range(4)]
+    fixed = 2.5 * 0.002  # each lane runs as often as a stream has chunks
+    assert load(streams, model, Setting(), options) == pytest.approx(4 * 2.5 * 0.030 / 2 + fixed, abs=1e-4)
+    alone = load(streams[:1], model, Setting(), options)
+    assert alone == pytest.approx(2.5 * 0.022, abs=0.001)
+
+
+def steady(steps):
+    """A stream with a full stream batch."""
+    return waiting(0, steps=steps, in_flight_s=(0.0,) * (steps - 1))

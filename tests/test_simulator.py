@@ -144,6 +144,30 @@ def test_a_planner_that_starts_with_a_wrong_prior_learns():
     assert learned.miss_rate < knew.miss_rate + 0.02
 
 
+def test_lanes_serve_more_and_are_learned():
+    """A row takes 30 ms in one of two lanes and 22 with both cores: 1.4 times the frames, if the planner finds out."""
+    stages = {"encode": Line(0.5, 1.5), "denoise": Line(1.0, 22.0), "decode": Line(1.0, 9.0)}
+    lane = {"encode": Line(0.5, 1.5), "denoise": Line(1.0, 30.0), "decode": Line(1.0, 10.0)}
+    slow = {stage: Line(4 * line.fixed_ms, 4 * line.unit_ms) for stage, line in lane.items()}
+    true = LatencyModel(stages, lane=LatencyModel(lane), num_lanes=2)
+    hopeless = LatencyModel(stages, lane=LatencyModel(slow), num_lanes=2)
+    viewers = [Viewer(fps=60.0, steps=1)] * 4
+    options = PlannerOptions(degrade=())
+    fps = {}
+    for name, model, prior in (
+        ("together", LatencyModel(stages), None),
+        ("lanes", true, None),
+        ("slow lanes", hopeless, None),
+        ("learned", true, lambda: LatencyModel(slow, lane=LatencyModel(stages), num_lanes=2)),
+        ("given up", hopeless, lambda: LatencyModel(stages, lane=LatencyModel(stages), num_lanes=2)),
+    ):
+        world = World(true_model=model, prior=prior, options=options, admission=None)
+        fps[name] = simulate(viewers, world, 40.0).fps
+    assert fps["lanes"] > 1.4 * fps["together"] == pytest.approx(1.4 * fps["slow lanes"], rel=0.02)
+    assert fps["learned"] == pytest.approx(fps["lanes"], rel=0.05)
+    assert fps["given up"] == pytest.approx(fps["together"], rel=0.05)
+
+
 def test_four_machines_serve_four_times_as_many():
     rules, options = AdmissionOptions(max_waiting=0), PlannerOptions()
     taken = []

@@ -1,18 +1,22 @@
 """k sessions in one forward equal each alone, whoever joins, pauses or leaves at which tick.
 
 The rows of a tick come from other streams, prompts, positions, schedules, noise levels and numbers of steps each
-time. They are summed in another order than alone, hence a tolerance of float64 rounding and not bit for bit.
+time; every other history runs them in two lanes. They are summed in another order than alone, hence a tolerance of
+float64 rounding and not bit for bit.
 """
 
 from __future__ import annotations
 
 import random
+from functools import partial
+from itertools import chain
 
 import pytest
 import torch
 from random_pipeline import moving_frames, random_pipeline, record_latents
 from torch.testing import assert_close
 
+from streamdiff_core.lanes import Lanes
 from streamdiff_core.lockstep import Lockstep
 
 NUM_CHUNKS = 4
@@ -69,7 +73,7 @@ def test_random_histories(pipe, alone):
     tick, cache rows or prompts mixed up, state of one that left seen by the one that came.
     """
     rows_seen, largest_error = set(), 0.0
-    forward = pipe.engine.forward
+    forward, lanes = pipe.engine.forward, Lanes(2)
     for history in range(NUM_HISTORIES):
         rng = random.Random(history)
         steps = Lockstep(lambda rows: rows_seen.add(len(rows)) or forward(rows))
@@ -82,11 +86,14 @@ def test_random_histories(pipe, alone):
                 gone[-1].session.close()
             ready = [user for user in inside if user.at < NUM_CHUNKS and rng.random() < 0.8]
             rng.shuffle(ready)
-            results = steps.run([user.next_work() for user in ready])
+            works = [user.next_work() for user in ready]
+            parts = [works[::2], works[1::2]] if history % 2 else [works]
+            results = chain(*lanes.run([partial(steps.run, part) for part in parts]))
             assert not [result for result in results if isinstance(result, Exception)]
         for user in inside + gone:
             for mine, expected in zip(user.latents, alone[user.number], strict=False):
                 largest_error = max(largest_error, float((mine - expected).abs().max()))
+    lanes.close()
     assert max(rows_seen) >= 6, "rows of several streams share forwards"
     assert largest_error < 1e-9
 
