@@ -1,8 +1,9 @@
-"""Whose chunks run next, and how: the planner on live streams, their rows in one forward.
+"""Whose chunks run next, and how: the planner on live streams, their rows in one forward or each on a core.
 
-A turn asks the ``planner`` which ready streams run together and at how many steps, runs their works in lockstep and
-tells the latency model how long each stage took. A stream that records, or asked for exact output, runs in forwards
-of its own: rows that share a forward are summed in another order. Who may come in is ``live_line``'s.
+A turn asks the ``planner`` which ready streams run together and at how many steps, runs their works in lockstep, all
+or those of each lane, and tells the latency model how long each stage took. A stream that records, or asked for
+exact output, runs in forwards of its own: rows that share a forward are summed in another order. Who may come in is
+``live_line``'s.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Two decisions, both pure functions of what is known now. `choose_level`: how muc
 urgent streams that are ready, as many as can be finished before the first of them is late. With costs that are
 affine in the rows and equal steps this prefix rule is optimal: where any order of batches keeps all deadlines, it
 does (a stream of a later batch moves forward without making anything later). It never waits while one is ready.
+On several cores a tick runs in joint forwards on all of them, or each stream on a core (``lanes``): what is faster.
 
 Loop of an engine, where `state` starts as ``PlannerState()`` and `model` as a ``LatencyModel``:
 

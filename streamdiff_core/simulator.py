@@ -3,7 +3,7 @@
 A discrete-event simulation that calls the real ``plan`` and ``admit``; only time is made up. Frames wait in a bounded
 inbox; a tick takes what the true latency model says, with noise and hiccups; the planner's own model starts from a
 prior and learns from those ticks, as on a real machine. Chunks of a stream batch leave steps - 1 ticks after they
-entered. Not simulated: memory, clients that read slowly, overlap of VAE and transformer.
+entered. Not simulated: memory, clients that read slowly.
 Source: machines and models from ``roofline``; SPEC §6.5, figures SPEC §9.2.
 """
 
