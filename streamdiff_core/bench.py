@@ -22,6 +22,7 @@ from streamdiff_core.bench_baseline import compare_with_eager, synchronize
 from streamdiff_core.bench_frames import FrameLoop, source_frames
 from streamdiff_core.compiled import compile_blocks
 from streamdiff_core.config import PRESETS
+from streamdiff_core.cuda_graphs import record_forwards
 from streamdiff_core.forecast import CHUNK_FRAMES, SIZES, forecast, machine_of, predictions, work_of
 from streamdiff_core.machine import machine_facts, peak_memory_bytes, source_commit
 from streamdiff_core.memory_need import memory_need
@@ -67,6 +68,8 @@ class BenchOptions:
     """Full-size presets: ``wan``, or the file of a TAEHV (with random weights: any other word)."""
     compile: bool = False
     """Whether the transformer's blocks go through ``torch.compile``."""
+    cuda_graphs: bool = False
+    """Whether forwards that repeat are recorded and replayed."""
     shrink: int = 1
     """Full-size presets with random weights: divisor of all sizes, for a machine without a GPU."""
 
@@ -112,6 +115,7 @@ def run_benchmark(options: BenchOptions, progress: Callable[[str], None] = lambd
         "preset": options.preset,
         "shrink": options.shrink,
         "compiled": options.compile,
+        "cuda_graphs": options.cuda_graphs,
         "vae": options.vae,
         "device": str(pipe.device),
         "dtype": dtype,
@@ -264,4 +268,6 @@ def load_pipeline(options: BenchOptions) -> StreamPipeline:
         )  # fmt: skip
     if options.compile:
         compile_blocks(pipe.transformer)
+    if options.cuda_graphs:
+        record_forwards(pipe.transformer)
     return pipe

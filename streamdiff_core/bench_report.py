@@ -23,7 +23,8 @@ def to_markdown(result: dict[str, Any]) -> str:
         ("preset, size", f"{result['preset']}{_shrunken(result)}, {result['width']}×{result['height']}"),
         (
             "number type",
-            f"{result['dtype']}{_rounded(result)} on {result['device']}{', torch.compile' * result['compiled']}",
+            f"{result['dtype']}{_rounded(result)} on {result['device']}{', torch.compile' * result['compiled']}"
+            f"{', CUDA graphs' * result['cuda_graphs']}",
         ),
         ("weights, input", f"{result['weights']}, {result['source']}"),
         ("GEMM peak in this run", ", ".join(f"{name} {_tera(peak)}" for name, peak in peaks.items())),

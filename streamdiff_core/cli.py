@@ -101,7 +101,8 @@ def run_command(args: argparse.Namespace) -> int:
 
 RECIPE_LEAVES_OPEN = (
     "input", "recipe", "save_recipe", "output", "overwrite", "strip", "json", "debug", "command", "preset",
-    "device", "dtype", "weights", "vae", "lora", "quantise", "compile", "threads", "stages",
+    "device", "dtype", "weights", "vae", "lora", "quantise", "compile", "cuda_graphs",
+    "threads", "stages",
 )  # fmt: skip
 """Options of ``run`` that may stand beside ``--recipe``; it sets all others."""
 
@@ -171,7 +172,7 @@ def bench_command(args: argparse.Namespace) -> int:
         preset=args.preset, steps=args.steps, schedule=args.schedule, size=args.size, num_chunks=args.chunks,
         source=args.input, device=args.device, dtype=args.dtype, weights=args.weights,
         random_weights=args.random_weights, compare_eager=not args.no_eager, vae=args.vae, shrink=args.shrink,
-        quantisation=args.quantise, compile=args.compile,
+        quantisation=args.quantise, compile=args.compile, cuda_graphs=args.cuda_graphs,
     )  # fmt: skip
     result = bench.run_benchmark(options, progress=lambda what: print(f"measuring: {what}", file=sys.stderr))
     report = bench_report.save_report(result, args.report or None) if args.report is not None else None
@@ -273,6 +274,7 @@ def load(args: argparse.Namespace) -> Any:
     return StreamPipeline.from_preset(
         args.preset, device=args.device, dtype=args.dtype, weights=args.weights,
         vae=args.vae, lora=dict(args.lora), quantisation=args.quantise, compile=args.compile,
+        cuda_graphs=args.cuda_graphs,
     )  # fmt: skip
 
 
@@ -282,8 +284,10 @@ def load_stages(args: argparse.Namespace) -> Any:
 
     from streamdiff_core.parallel_pipeline import join, launch
 
-    if args.lora or args.quantise or args.compile:
-        raise ValueError("--lora, --quantise and --compile do not go with several stages; leave out either")
+    if args.lora or args.quantise or args.compile or args.cuda_graphs:
+        raise ValueError(
+            "--lora, --quantise, --compile and --cuda-graphs do not go with several stages; leave out either"
+        )
     options = {"device": args.device, "dtype": args.dtype, "weights": args.weights, "vae": args.vae}
     pipe = launch(args.preset, args.stages, **options) if args.stages else join(args.preset, **options)
     if pipe is None:

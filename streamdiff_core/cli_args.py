@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "weights and activations in 8 bits (w8a8: preset tiny, CPU with VNNI)",
     )
     model.add_argument("--compile", action="store_true", help="torch.compile the transformer: slow start")
+    model.add_argument("--cuda-graphs", action="store_true", help="record and replay forwards (GPU; not measured)")
     model.add_argument("--threads", type=positive(int), help="CPU threads (default: PyTorch's choice)")
     _add_run(commands.add_parser("run", parents=[common, model], help="restyle a video", epilog=RUN_NOTES))
     _add_compare(

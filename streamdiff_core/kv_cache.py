@@ -10,7 +10,7 @@ Shapes: P tokens per frame, n heads, d head dim, t = 2 * temporal RoPE columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -223,15 +223,14 @@ class LayerSlots:
             store[dst].copy_(store[src])
         self.at[dst] = self.at[src]
 
-    def turn(self, slots: Sequence[int], positions: Sequence[int | None]) -> None:
-        """Rotate slots to their positions where they are not there yet; None leaves a slot as it is."""
-        width, moved = self.k_time.shape[-1], {}
-        for slot, position in zip(slots, positions, strict=True):
-            if position is not None and self.at[slot] != position:
-                moved[slot] = self.at[slot] = position
-        for first, last in _runs(sorted(moved)):
-            span = tuple(moved[slot] for slot in range(first, last + 1))
-            turn = temporal_rotation(span, self.model.rope_columns, self.k.dtype, self.k.device)
+    def turn(self, moves: Sequence[Move], given: Mapping[int | None, Tensor]) -> None:
+        """Rotate slots to new positions, by the multipliers given for a move or else by new ones."""
+        width = self.k_time.shape[-1]
+        for first, last, positions in moves:
+            self.at[first : last + 1] = positions
+            turn = given.get(first)
+            if turn is None:
+                turn = temporal_rotation(positions, self.model.rope_columns, self.k.dtype, self.k.device)
             self.k[first : last + 1, ..., :width] = rotate(self.k_time[first : last + 1], turn[:, None])
 
     def tokens(self, slots: Sequence[int] | None, num_visible: int) -> tuple[Tensor, Tensor]:
@@ -239,6 +238,18 @@ class LayerSlots:
         if slots is None:
             return self.k[:num_visible].flatten(0, 1), self.v[:num_visible].flatten(0, 1)
         return self.k[list(slots)].flatten(0, 1), self.v[list(slots)].flatten(0, 1)
+
+
+Move = tuple[int, int, tuple[int, ...]]
+"""First and last slot of an unbroken run, and the new position of each."""
+
+
+def _moves(at: Sequence[int | None], plan: RowPlan) -> list[Move]:
+    """Slots that a plan wants read at another position than they are rotated to; None leaves a slot as it is."""
+    slots = range(plan.num_visible) if plan.visible is None else plan.visible
+    wanted = dict(zip(slots, plan.slot_positions, strict=True))
+    moved = sorted(slot for slot, position in wanted.items() if position is not None and at[slot] != position)
+    return [(first, last, tuple(wanted[s] for s in range(first, last + 1))) for first, last in _runs(moved)]
 
 
 def _runs(slots: Sequence[int]) -> list[tuple[int, int]]:
@@ -253,6 +264,24 @@ class CacheView:
 
     def __init__(self, cache: KVCache, row: int, plan: RowPlan, prompt: Any = None) -> None:
         self.cache, self.row, self.plan, self.prompt = cache, row, plan, prompt
+        self.multipliers: dict[int | None, Tensor] = {}
+        """Temporal multipliers to use in place of new ones: per first slot of a move, and None for the queries."""
+
+    def moves(self) -> list[Move] | None:
+        """What every layer will rotate; None where layers differ or more than writing and reading slots is planned."""
+        plan, (at, *others) = self.plan, [layer[self.row] for layer in self.cache._rotated_to]
+        if plan.visible is not None or plan.edits or plan.bias or plan.reader or any(other != at for other in others):
+            return None
+        written = {slot for slot, _ in plan.writes}
+        return _moves([None if slot in written else position for slot, position in enumerate(at)], plan)
+
+    def note(self, moves: Sequence[Move]) -> None:
+        """All layers did these moves, by other means than ``read``."""
+        for layer in self.cache._rotated_to:
+            for slot, _ in self.plan.writes:
+                layer[self.row][slot] = None
+            for first, last, positions in moves:
+                layer[self.row][first : last + 1] = positions
 
     def update(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Store the chunk and bring moved slots to their position.
@@ -289,9 +318,11 @@ class CacheView:
                 edit(slots, q_frames, k_frames, v_frames)
         for slot, j in plan.writes:
             slots.put(slot, k_frames[j], v_frames[j])
-        slots.turn(range(plan.num_visible) if plan.visible is None else plan.visible, plan.slot_positions)
+        slots.turn(_moves(slots.at, plan), self.multipliers)
         return slots
 
     def query_rotation(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Temporal multiplier [F, columns] of the chunk's queries."""
+        if None in self.multipliers:
+            return self.multipliers[None]
         return temporal_rotation(self.plan.query_positions, self.cache.model.rope_columns, dtype, device)

@@ -23,6 +23,7 @@ from streamdiff_core.attention import PromptContext
 from streamdiff_core.attention_choice import rank_backends
 from streamdiff_core.compiled import compile_blocks
 from streamdiff_core.config import CacheConfig, Preset, get_preset
+from streamdiff_core.cuda_graphs import record_forwards
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.engine import Engine
 from streamdiff_core.full_size import load_modules
@@ -75,6 +76,7 @@ class StreamPipeline:
         lora: Mapping[str, float] | None = None,
         quantisation: str | None = None,
         compile: bool = False,
+        cuda_graphs: bool = False,
     ) -> StreamPipeline:
         """Load a preset.
 
@@ -89,9 +91,10 @@ class StreamPipeline:
             quantisation: ``int8`` or ``fp8`` weights through torchao; ``w8a8`` for weights and activations in 8 bits
                 on a CPU with VNNI instructions (``tiny``, or ``weights`` with their ranges); default none.
             compile: run the transformer's blocks through ``torch.compile``; the first chunks then take minutes.
+            cuda_graphs: record forwards that repeat and replay them; needs a GPU, and was not measured on one.
 
         Raises:
-            ValueError: unknown preset, device, dtype or quantisation.
+            ValueError: unknown preset, device, dtype or quantisation; CUDA graphs without a GPU.
             CheckpointError: weights missing, not fitting, or too large for this machine.
         """
         preset = get_preset(name)
@@ -105,6 +108,8 @@ class StreamPipeline:
             quantise(pipe.transformer, quantisation)
         if compile:
             compile_blocks(pipe.transformer)
+        if cuda_graphs:
+            record_forwards(pipe.transformer)
         return pipe
 
     @classmethod

@@ -143,7 +143,7 @@ def test_two_identical_frames(log_count, is_exact):
     slots = cache.layer_slots(0, 0)
     for slot, key in enumerate((k, k, other)):
         slots.put(slot, key, values[slot])
-    slots.turn((0, 1, 2), (0, 0, 0))
+    slots.turn([(0, 2, (0, 0, 0))], {})
     q = torch.randn(1, TOKENS, HEADS, HEAD_DIM, dtype=torch.float64)
     whole = attend(q, slots.k[:3].flatten(0, 1)[None], slots.v[:3].flatten(0, 1)[None])
     Merge(0, 1, (3,), (3,), 0.9)(slots, q, q, q)
