@@ -205,6 +205,7 @@ def mib(sizes: list[int]) -> str:
 
 
 def main() -> None:
+    """Run all ranks and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--dim", type=int, default=1024, help="width; 1024 x 11 layers are about 200 M parameters")

@@ -61,6 +61,7 @@ class Slot:
         with self.pixels.get_lock():
             np.frombuffer(self.pixels.get_obj(), np.uint8)[:] = 0
             self.count.value = 0
+        self.prompt.raw = bytes(PROMPT_BYTES)
 
 
 class SlotPool:

@@ -27,6 +27,7 @@ from streamdiff_core.forecast import CHUNK_FRAMES, SIZES, forecast, machine_of, 
 from streamdiff_core.machine import machine_facts, peak_memory_bytes, source_commit
 from streamdiff_core.memory_need import memory_need
 from streamdiff_core.pipeline import StreamPipeline
+from streamdiff_core.quantise import quantise
 from streamdiff_core.random_weights import random_pipeline
 from streamdiff_core.scaling import PAPER_H100_FPS
 from streamdiff_core.session import StreamSession
@@ -96,9 +97,7 @@ def run_benchmark(options: BenchOptions, progress: Callable[[str], None] = lambd
     for steps in options.steps:
         progress(f"{steps} step{'s' if steps > 1 else ''}")
         runs.append(measure_stream(pipe, frames, options, steps, width, height))
-    again = gemm_peaks(
-        pipe.device, with_int8="int8" in peaks
-    )  # the machine may have been slower in one of the two moments
+    again = gemm_peaks(pipe.device, with_int8="int8" in peaks)  # the machine may be slower at one of the two moments
     peaks = {name: max(peaks[name], again[name]) for name in peaks}
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
     for run in runs:
@@ -258,7 +257,11 @@ def gemm_peaks(device: torch.device, with_int8: bool = False) -> dict[str, float
 def load_pipeline(options: BenchOptions) -> StreamPipeline:
     """The preset, with its own, other or random weights."""
     if options.random_weights:
+        if options.quantisation == "w8a8":
+            raise ValueError("random weights have no ranges, which w8a8 rounds with; leave out either")
         pipe = random_pipeline(options.preset, options.device, options.dtype, vae=options.vae, shrink=options.shrink)
+        if options.quantisation:
+            quantise(pipe.transformer, options.quantisation)
     elif options.shrink > 1:
         raise ValueError("trained weights have one size; shrink goes with random weights only")
     else:

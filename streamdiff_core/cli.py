@@ -167,6 +167,8 @@ def bench_command(args: argparse.Namespace) -> int:
     """Measure this machine."""
     from streamdiff_core import bench, bench_report
 
+    if args.lora:
+        raise ValueError("bench does not merge --lora, which changes no speed; leave it out")
     set_threads(args.threads)
     options = bench.BenchOptions(
         preset=args.preset, steps=args.steps, schedule=args.schedule, size=args.size, num_chunks=args.chunks,

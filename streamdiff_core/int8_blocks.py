@@ -156,9 +156,11 @@ def use_int8(transformer: CausalWanTransformer, path: Path) -> Int8Ranges:
         path: ranges as ``measure_ranges`` gives them, JSON.
 
     Raises:
-        ValueError: this CPU or PyTorch has no fast 8-bit products.
+        ValueError: the transformer is not on a CPU, or this CPU or PyTorch has no fast 8-bit products.
         CheckpointError: no ranges there, or not those of this transformer.
     """
+    if transformer.device.type != "cpu":
+        raise ValueError(f"quantisation 'w8a8' is for CPUs, the model is on {transformer.device}; use device='cpu'")
     if not has_int8():
         raise ValueError("quantisation 'w8a8' needs a CPU with VNNI instructions and PyTorch's oneDNN; leave it out")
     try:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import math
 import struct
+import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import Any
@@ -207,7 +208,7 @@ def check_prompt(prompt: Any) -> str | dict[str, float]:
     if not 1 <= len(texts) <= MAX_PROMPTS or not all(t.strip() and len(t) <= MAX_PROMPT_CHARS for t in texts):
         raise BadMessageError("bad_setting", "The prompt is empty or too long.", action)
     for weight in texts.values():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= sys.float_info.max:
             raise BadMessageError("bad_setting", "A prompt's weight is not a number.", "Use a number from 0 on.")
     return prompt
 

@@ -308,6 +308,7 @@ class LiveEngine:
             for stream in served:
                 if stream.is_closed:
                     stream.free()
+                    stream.recordings.release()  # one may have begun while it left
 
     def _prepare(self) -> None:
         """Load the model and time one chunk, which also warms it up."""

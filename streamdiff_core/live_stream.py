@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamdiff_core.frames import resize_and_crop
+from streamdiff_core.kv_policies import make_policy
 from streamdiff_core.live_events import Event, Outbox, error_event, sentence
 from streamdiff_core.live_inbox import Inbox, LiveFrame
 from streamdiff_core.live_meter import LiveMeter
@@ -29,7 +30,7 @@ from streamdiff_core.lockstep import Work
 from streamdiff_core.recipe import Recipe
 from streamdiff_core.recorder import RecordingShelf
 from streamdiff_core.slo import StreamView
-from streamdiff_core.stream_options import FIXED_OPTIONS, Prompt, StreamOptions
+from streamdiff_core.stream_options import FIXED_OPTIONS, Prompt, StreamOptions, change_options
 
 if TYPE_CHECKING:
     from streamdiff_core.pipeline import StreamPipeline
@@ -41,6 +42,9 @@ MAX_WISHES = 64
 """Changes that may wait for the next chunk."""
 MAX_SIDE_PX = 1024
 """Longest side that a viewer may ask for."""
+MAX_CACHE_FRAMES, ROOMY_PX = 64, 512 * 512
+"""Latent frames of up to so many pixels that a viewer's cache may keep, fewer of larger ones: one viewer must not take
+all memory and time."""
 STATS_EVERY_S = 0.5
 MIN_DEADLINE_MS = 1000.0
 """The planner plans for twice the lag budget, but no less: the budget leaves hardly room for others' chunks."""
@@ -325,6 +329,7 @@ class LiveStream:
             raise ValueError("a live stream has the mode v2v")
         session = pipe.start(self.prompt, **shape)
         try:
+            check_cache(change_options(session.options, self._asked, pipe.preset))
             session.set_options(**self._asked)
         except ValueError:
             session.close()
@@ -406,6 +411,7 @@ class LiveStream:
             self.emit(error_event("bad_setting", "Too many changes wait already.", "Change one thing at a time."))
 
     def _change_options(self, changes: dict[str, Any], asked_s: float) -> None:
+        check_cache(change_options(self.session.options, changes, self.session.pipe.preset))
         fewer = self.options.steps - self.session.options.steps
         self.session.set_options(**{"steps": self.options.steps} | changes)
         self.options = self.session.options
@@ -457,3 +463,18 @@ class LiveStream:
         steps, asked = self.session.options.steps, self.options.steps
         note = f"{steps} of {asked} steps while the server is busy" if steps < asked else ""
         return {"steps": steps, "steps_asked": asked, "note": note}
+
+
+def check_cache(options: StreamOptions) -> None:
+    """Refuse a cache that would leave too little for others.
+
+    Raises:
+        ValueError: with how much there may be.
+    """
+    kept = make_policy(options.policy, options.cache, options.policy_options).num_slots
+    most = min(MAX_CACHE_FRAMES, MAX_CACHE_FRAMES * ROOMY_PX // (options.width * options.height))
+    if kept > most:
+        raise ValueError(
+            f"the cache of a live stream of {options.width}x{options.height} keeps at most {most} latent frames, not "
+            f"{kept}; lower window_frames, sink_frames or what the policy keeps besides"
+        )

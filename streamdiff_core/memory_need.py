@@ -50,12 +50,13 @@ class MemoryNeed:
         return max(self.load_bytes, self.weights_bytes + self.cache_bytes + self.stream_bytes + self.work_bytes)
 
     def __str__(self) -> str:
-        parts = (
-            ("weights", self.weights_bytes),
-            ("KV cache", self.cache_bytes),
-            ("VAE and prompts", self.stream_bytes),
-        )
-        said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in (*parts, ("room to work", self.work_bytes)))
+        parts = {
+            "weights": self.weights_bytes, "KV cache": self.cache_bytes, "VAE and prompts": self.stream_bytes,
+            "room to work": self.work_bytes,
+        }  # fmt: skip
+        said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+        if self.load_bytes > sum(parts.values()):
+            said = f"loading {self.load_bytes / 1e9:.1f}, then {said}"
         return f"{self.total_bytes / 1e9:.0f} GB ({said})"
 
 

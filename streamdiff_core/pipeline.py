@@ -162,7 +162,7 @@ class StreamPipeline:
             schedule_options=deepcopy(schedule_options or {}),
             clean_pass=p.schedule.clean_pass if clean_pass is None else clean_pass,
             policy=policy,
-            policy_options=dict(policy_options or {}),
+            policy_options=deepcopy(policy_options or {}),
             cache=p.cache if cache is None else cache,
             width=p.width if width is None else width,
             height=p.height if height is None else height,
@@ -212,8 +212,8 @@ class StreamPipeline:
                 self._prompts.move_to_end(key)
             else:
                 tokens = self.text_encoder.encode(list(weights))
-                share = torch.tensor(list(weights.values()), device=tokens.device, dtype=tokens.dtype) / total
-                mixed = (tokens * share[:, None, None]).sum(0, keepdim=True)
+                shares = torch.tensor([w / total for w in weights.values()], device=tokens.device, dtype=tokens.dtype)
+                mixed = (tokens * shares[:, None, None]).sum(0, keepdim=True)
                 self._prompts[key] = self.engine.encode_prompt(mixed)
                 while len(self._prompts) > self._num_prompts_kept(self._prompts[key]):
                     self._prompts.popitem(last=False)

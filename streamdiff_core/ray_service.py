@@ -89,8 +89,8 @@ class RayService:
             serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
             serve.run(replicas, name=NAME, logging_config=QUIET)
         except RuntimeError as error:
-            states = serve.status().applications[NAME].deployments.values()
-            reason = " ".join(state.message for state in states).strip()
+            app = serve.status().applications.get(NAME)
+            reason = " ".join(state.message for state in app.deployments.values()).strip() if app else ""
             self._end()
             raise RuntimeError(f"the replicas do not come up: {reason or error}") from error
         except BaseException:
@@ -103,8 +103,10 @@ class RayService:
 
         if not self._is_closed:
             self._is_closed = True
-            serve.delete(NAME)
-            self._end()
+            try:
+                serve.delete(NAME)
+            finally:
+                self._end()
 
     def _end(self) -> None:
         import ray

@@ -183,6 +183,16 @@ def test_shrunken_full_size_preset_runs_to_a_report() -> None:
         bench.load_pipeline(replace(options, random_weights=False))
 
 
+def test_random_weights_are_rounded_as_asked_or_not_at_all() -> None:
+    """Else the report would name a number type that nothing was computed in."""
+    pytest.importorskip("torchao")
+    options = bench.BenchOptions(random_weights=True, device="cpu", dtype="bfloat16", quantisation="int8")
+    pipe = bench.load_pipeline(options)
+    assert "Int8" in type(pipe.transformer.blocks[0].ffn[0].weight).__name__
+    with pytest.raises(ValueError, match="no ranges"):
+        bench.load_pipeline(replace(options, quantisation="w8a8"))
+
+
 def test_bad_number_of_chunks() -> None:
     with pytest.raises(ValueError, match="chunks must be at least 2"):
         bench.run_benchmark(replace(bench.BenchOptions(), num_chunks=1))

@@ -203,6 +203,11 @@ def test_bench_json_and_report(room: Path, capsys: pytest.CaptureFixture, monkey
     assert "# tiny on" in (room / "r.md").read_text(encoding="utf-8")
 
 
+def test_bench_refuses_what_it_would_not_measure(capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", "--lora", "style.safetensors"]) == 2
+    assert "--lora" in capsys.readouterr().err
+
+
 def test_doctor_exit_code(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     check = {"name": "weights", "ok": False, "detail": "gone", "required": True}
     for ok, code in ((False, 1), (True, 0)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -139,6 +140,8 @@ def test_what_cannot_work_is_said(model, tmp_path, monkeypatch):
         use_int8(model, tmp_path / "int8_ranges.json")
     with pytest.raises(CheckpointError, match=r"\(1, 6, 2\), this transformer needs \(2, 6, 2\)"):
         use_int8(model, ranges_file(tmp_path, RANGES[:1]))
+    with pytest.raises(ValueError, match="device='cpu'"):
+        use_int8(deepcopy(model).to("meta"), ranges_file(tmp_path))
     monkeypatch.setattr(int8_blocks, "has_int8", lambda: False)
     with pytest.raises(ValueError, match="VNNI"):
         use_int8(model, ranges_file(tmp_path))

@@ -120,6 +120,7 @@ def test_quantised_weights_take_about_half_but_are_loaded_whole():
     assert small.load_bytes == plain.load_bytes
     tight = memory_need(get_preset("wan-14b"), steps=1, quantisation="int8", size=(256, 256), vae="taehv")
     assert tight.total_bytes == tight.load_bytes
+    assert str(tight).startswith("29 GB (loading 28.6, then weights 14.") and "loading" not in str(plain)
 
 
 def test_ways_to_fit_are_the_smallest_sets_of_changes():

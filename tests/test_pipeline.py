@@ -42,6 +42,7 @@ def pipe():
         (dict(height=48), "got 64x48"),
         (dict(schedule="euler"), "unknown schedule 'euler'; known: best_of, knot_overlap, rolling_window, sequential"),
         (dict(schedule=""), "unknown schedule ''"),
+        (dict(policy_options=3), "policy_options must be"),
         (dict(policy="magic"), "unknown policy 'magic'; known: anchor_forcing"),
         (dict(mode="i2v"), "mode must be 'v2v' or 't2v', got 'i2v'"),
         (dict(latent_frames_per_chunk=0), "between 1 and 3, got 0"),
@@ -127,6 +128,15 @@ def test_the_order_of_a_mix_does_not_matter():
     mix = {"red": 0.1, "blue paint": 0.7, "old green": 0.2}
     a, b = random_pipeline().encode_prompt(mix), random_pipeline().encode_prompt(dict(reversed(mix.items())))
     assert all(torch.equal(x, y) for x, y in zip(a.values, b.values, strict=True))
+
+
+def test_the_size_of_weights_does_not_matter(pipe, monkeypatch):
+    """Beyond float32 on either side, where a share would be nothing over nothing."""
+    encode = pipe.text_encoder.encode
+    monkeypatch.setattr(pipe.text_encoder, "encode", lambda prompts: encode(prompts).float())
+    same, *mixes = (pipe.encode_prompt({"red": w, "blue paint": w}).keys[0] for w in (1, 1e39, 1e-320))
+    for mix in mixes:
+        assert torch.equal(mix, same)
 
 
 @pytest.mark.parametrize("mix", [{}, {"a": 0.0}, {"a": 2.0, "b": -1.0}, {"a": float("nan")}, {"a": float("inf")}])

@@ -46,6 +46,8 @@ def test_lists_and_mappings_become_what_is_declared() -> None:
         ({"count": False}, "count must be a whole number, got False"),
         ({"scale": "0.5"}, "scale must be a finite number or nothing, got '0.5'"),
         ({"scale": float("inf")}, "scale must be a finite number or nothing, got inf"),
+        ({"count": 10**400}, "count must be a whole number, got 1000"),
+        ({"scale": 10**400}, "scale must be a finite number or nothing, got 1000"),
         ({"name": None}, "name must be text, got None"),
         ({"pair": [1]}, "pair must be a list of whole numbers, got (1,)"),
         ({"pair": [1, "2"]}, "pair must be a list of whole numbers"),

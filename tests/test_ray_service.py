@@ -10,6 +10,7 @@ import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -143,3 +144,16 @@ def test_what_cannot_work_is_said(monkeypatch, capsys):
     assert main(["serve", "--replicas", "2"]) == 2 and "--ray" in capsys.readouterr().err
     monkeypatch.setattr("streamdiff_core.cli.find_spec", lambda name: None)
     assert main(["serve", "--ray"]) == 2 and "pip install 'streamdiff[ray]'" in capsys.readouterr().err
+
+
+@needs_ray
+def test_ray_ends_when_it_cannot_even_listen(monkeypatch):
+    """The reason then is Ray's own: there is no deployment yet that could tell one."""
+    ended = []
+    monkeypatch.setattr(ray_service, "connect", lambda options: None)
+    monkeypatch.setattr(RayService, "_end", lambda self: ended.append(self))
+    monkeypatch.setattr("ray.serve.start", lambda **_: (_ for _ in ()).throw(RuntimeError("port 8000 is taken")))
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={}))
+    with pytest.raises(RuntimeError, match="do not come up: port 8000 is taken"):
+        RayService(load)
+    assert len(ended) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from streamdiff_core.live_engine import LiveEngine
 from streamdiff_core.live_events import LiveReply
 from streamdiff_core.live_inbox import LiveFrame
 from streamdiff_core.recipe_files import load_recipe, recipe_input
-from streamdiff_core.recorder import Recorder, RecordingShelf
+from streamdiff_core.recorder import KEPT_S, Recorder, RecordingShelf
 from streamdiff_core.restyle import run_recipe
 from streamdiff_core.video_io import probe, read_jpeg, read_video
 
@@ -191,6 +192,23 @@ def test_a_stream_that_ends_while_recording_leaves_its_recording(live):
     one.show(13)
     one.engine.close(one.stream)
     assert one.wait("recording")["frames"] == 13
+
+
+def test_a_stream_that_ends_while_a_recording_begins_leaves_no_folder_for_ever(live, pipe, monkeypatch):
+    one = live(steps=1)
+    start = pipe.start
+
+    def leave_then_start(*args, **options):
+        one.engine.close(one.stream)
+        return start(*args, **options)
+
+    monkeypatch.setattr(pipe, "start", leave_then_start)
+    one.do(one.stream.record, "start")
+    root = Path(one.engine.shelf._root.name)
+    assert len(list(root.iterdir())) == 1
+    one.clock.now_s += KEPT_S
+    one.engine.shelf.sweep()
+    assert not list(root.iterdir())
 
 
 def test_files_stay_ten_minutes_after_their_stream_and_not_a_second_longer():

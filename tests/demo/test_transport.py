@@ -158,6 +158,9 @@ def test_recipe_and_anchor(server, monkeypatch):
         ('{"type": "prompt", "prompt": ""}', "bad_setting", "empty or too long"),
         ('{"type": "prompt", "prompt": "x", "on_switch": "jump"}', "bad_setting", "Unknown on_switch"),
         ('{"type": "prompt", "prompt": {"x": NaN}}', "bad_setting", "not a number"),
+        ('{"type": "prompt", "prompt": {"x": 1' + "0" * 400 + "}}", "bad_setting", "not a number"),
+        ('{"type": "set", "options": {"seed": 1' + "0" * 400 + "}}", "bad_setting", "Seed must be a whole number"),
+        ('{"type": "set", "options": {"window_frames": 3000}}', "bad_setting", "at most 64"),
         ('{"type": "dance"}', "bad_setting", "does not know 'dance'"),
         ("x" * 20_001, "too_large", "longer than"),
         (b"", "bad_frame", "without a picture"),
@@ -185,7 +188,9 @@ def test_what_comes_before_start_is_refused(server):
             assert page.wait_for("error")["code"] == "not_started"
 
 
-@pytest.mark.parametrize("options", [{"steps": 7}, {"colour": "red"}, {"width": 100_000}, {"mode": "t2v"}])
+@pytest.mark.parametrize(
+    "options", [{"steps": 7}, {"colour": "red"}, {"width": 100_000}, {"mode": "t2v"}, {"sink_frames": 90}]
+)
 def test_a_start_that_cannot_work_ends_there_and_another_may_follow(server, options):
     with server.connected() as page:
         page.say("start", prompt="ink", options=options)

@@ -100,9 +100,11 @@ def test_each_page_has_a_slot_of_its_own_and_leaves_nothing(request_of):
     with pytest.raises(gr.Error, match="full"):
         pool.take("c")
     pool.slots[0].push(FRAMES[3])
+    pool.slots[0].ask("a prompt of a's", 0.4)
     assert pool.slots[0].newest()[0] == 1 and pool.slots[1].newest()[1].max() == 0
     pool.give_back("a")
     assert pool.take("c") == 0 and pool.slots[0].newest()[0] == 0 and pool.slots[0].newest()[1].max() == 0
+    assert not pool.slots[0].prompt.value and b"of a" not in pool.slots[0].prompt.raw
 
 
 def test_a_slot_whose_page_left_without_a_word_is_lent_again():
