@@ -68,14 +68,14 @@ class WanVAE(nn.Module):
         encoder, decoder = self._sizes
         return WanVAEState(encoder=[None] * encoder, decoder=[None] * decoder)
 
-    @torch.inference_mode(False)  # weights stay ordinary tensors
     def lay_out(self, *, channels_last: bool) -> None:
         """Put the weights in this order in memory; what convolutions write follows them. Streams may go on."""
         self.channels_last = channels_last
         for weight in self.autoencoder.parameters():
             if weight.ndim in CHANNELS_LAST:
                 order = CHANNELS_LAST[weight.ndim] if channels_last else torch.contiguous_format
-                weight.data = weight.data.contiguous(memory_format=order)
+                with torch.inference_mode(weight.is_inference()):  # weights stay the kind of tensor they are
+                    weight.data = weight.data.contiguous(memory_format=order)
 
     @torch.inference_mode()
     def choose_layout(
