@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from streamdiff_core.int8_blocks import Int8Block
 from streamdiff_core.cpu_kernels import linear_gelu
 from streamdiff_core.dit import Block, CausalWanTransformer, modulate
 
@@ -26,13 +27,26 @@ def compile_blocks(transformer: CausalWanTransformer, backend: str | Callable = 
     Raises:
         ValueError: no C++ compiler, which ``inductor`` needs on a CPU, or blocks that compute in 8 bits.
     """
-    if any(block.int8 is not None for block in transformer.blocks):
-        raise ValueError("blocks with 8-bit products (w8a8) are not compiled; leave out either")
     if backend == "inductor" and transformer.device.type == "cpu" and not has_compiler():
         raise ValueError(
             "compiling for a CPU needs a C++ compiler (g++ or clang++); install one, or leave out --compile"
         )
     before, after = (torch.compile(piece, dynamic=False, backend=backend) for piece in (before_cache, after_cache))
+
+    before8, after8 = (
+        torch.compile(piece, dynamic=False, backend=backend) for piece in (Int8Block.before_cache, Int8Block.after_cache)
+    )
+
+    def compiled8(block: Block):
+        plain, own = block.forward, block.int8
+
+        def forward(x, time, layer, prompt, rotations, views, mask):
+            if views is None:
+                return plain(x, time, layer, prompt, rotations, views, mask)
+            x = x.float()
+            seen = own.read(*before8(own, x, time), layer, rotations, views)
+            return after8(own, x, time, seen, *prompt)
+        return forward
 
     def compiled(block: Block) -> Callable[..., Tensor]:
         def forward(x, time, layer, prompt, rotations, views, mask):  # as Block.forward
@@ -44,7 +58,10 @@ def compile_blocks(transformer: CausalWanTransformer, backend: str | Callable = 
         return forward
 
     for block in transformer.blocks:
-        block.forward = compiled(block)
+        block.forward = compiled8(block) if block.int8 else compiled(block)
+    transformer.embed, transformer.predict = (
+        torch.compile(piece, dynamic=False, backend=backend) for piece in (transformer.embed, transformer.predict)
+    )
     return transformer
 
 

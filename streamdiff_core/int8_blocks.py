@@ -11,15 +11,16 @@ Shapes: B rows, F latent frames, P tokens per frame, L = F * P, D width, n heads
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamdiff_core.attention import Rotations, attend, attend_reads
+from streamdiff_core.attention import Rotations, attend, attend_rows
 from streamdiff_core.dit import Block, CausalWanTransformer
 from streamdiff_core.kv_cache import CacheView
 from streamdiff_core.rope import rotate
@@ -32,6 +33,10 @@ Range = tuple[float, float]
 """Smallest and largest value; what lies outside is clipped."""
 
 
+_layers: WeakValueDictionary[int, Int8Linear] = WeakValueDictionary()
+"""By number. A compiled graph takes a layer's number in place of its packed weight, which it could not."""
+
+
 class Int8Linear:
     """A linear layer from uint8 activations."""
 
@@ -40,30 +45,57 @@ class Int8Linear:
         self.step = max(high - low, 1e-6) / 255
         self.zero = round(-low / self.step)
         weight = weight.detach().float()
+        self.width = len(weight)
         self._scales = (weight.abs().amax(1) / 127).clamp_min(1e-12)
         rounded = (weight / self._scales[:, None]).round().to(torch.int8)
         self._weight = torch.ops.onednn.qlinear_prepack(rounded, None)
         self._zeros = torch.zeros(len(weight), dtype=torch.int32)
         self._bias = bias.detach().float()
+        self._per_step, self._offset = torch.tensor([1 / self.step, self.zero + 0.5]).unbind()
+        self.number = torch.tensor(id(self))
+        _layers[id(self)] = self
 
     def round(self, x: Tensor) -> Tensor:
         """This layer's uint8 input."""
-        return to_uint8(x.float().mul(1 / self.step).add_(self.zero + 0.5))
+        return to_uint8(torch.addcmul(self._offset, x.float(), self._per_step))
 
     def __call__(self, x: Tensor) -> Tensor:
         """uint8 [..., D] -> float32 [..., D']."""
-        return self._multiply(x, 1.0, 0, torch.float32, "none", "")
+        return torch.ops.streamdiff.int8_linear(x, self.number, self.width)
 
     def gelu_for(self, x: Tensor, consumer: Int8Linear) -> Tensor:
         """tanh-GELU of the product, uint8 [..., D'] as ``consumer`` reads it: one pass over memory."""
-        return self._multiply(x, consumer.step, consumer.zero, torch.uint8, "gelu", "tanh")
+        return torch.ops.streamdiff.int8_gelu(x, self.number, consumer.number, self.width)
 
-    def _multiply(self, x: Tensor, step: float, zero: int, dtype: torch.dtype, post: str, form: str) -> Tensor:
+    def multiply(
+        self, x: Tensor, step: float = 1.0, zero: int = 0, dtype: torch.dtype = torch.float32, form: str = ""
+    ) -> Tensor:
+        """The product, and its GELU if ``form`` names one, in steps from zero."""
         out = torch.ops.onednn.qlinear_pointwise(
             x.flatten(0, -2), self.step, self.zero, self._weight, self._scales, self._zeros, self._bias,
-            step, zero, dtype, post, [], form,
+            step, zero, dtype, "gelu" if form else "none", [], form,
         )  # fmt: skip
         return out.unflatten(0, x.shape[:-1])
+
+
+def _define(name: str, signature: str, compute: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """An operation that a compiled graph calls without looking inside; its last argument is the width it gives."""
+    torch.library.define(f"streamdiff::{name}", signature)
+    torch.library.impl(f"streamdiff::{name}", "CPU", compute)
+    torch.library.register_fake(f"streamdiff::{name}", lambda x, *a: x.new_empty(*x.shape[:-1], a[-1], dtype=dtype))
+
+
+def _linear(x: Tensor, layer: Tensor, _: int) -> Tensor:
+    return _layers[layer.item()].multiply(x)
+
+
+def _gelu(x: Tensor, layer: Tensor, consumer: Tensor, _: int) -> Tensor:
+    next_ = _layers[consumer.item()]
+    return _layers[layer.item()].multiply(x, next_.step, next_.zero, torch.uint8, "tanh")
+
+
+_define("int8_linear", "(Tensor x, Tensor layer, SymInt width) -> Tensor", _linear, torch.float32)
+_define("int8_gelu", "(Tensor x, Tensor layer, Tensor consumer, SymInt width) -> Tensor", _gelu, torch.uint8)
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -102,43 +134,45 @@ class Int8Block:
         views: Sequence[CacheView],
     ) -> Tensor:
         """x [B, F, P, D], time [B, F, 6, D] -> float32 [B, F, P, D]."""
-        x = x.float()
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            torch.addcmul(self._base, time, self._fold).unsqueeze(3).unbind(2)
-        )
-        y = torch.addcmul(shift1, self._norm(x), scale1)
-        y = self._self_attention(to_uint8(y).flatten(1, 2), layer, rotations, views)
-        x = torch.addcmul(x, y.view_as(x), gate1)
-        y = F.layer_norm(x, x.shape[-1:], *self._norm3, eps=self.eps)
-        x = x + self._cross_attention(to_uint8(y).flatten(1, 2), prompt).view_as(x)
-        y = to_uint8(torch.addcmul(shift2, self._norm(x), scale2))
+        seen = self.read(*self.before_cache(x, time), layer, rotations, views)
+        return self.after_cache(x, time, seen, *prompt)
+
+    def before_cache(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, F, P, D] -> queries and keys, float32 and not rotated yet, and values of this layer, [B, L, n, d]."""
+        shift, scale = self._modulation(time)[:2]
+        y = to_uint8(torch.addcmul(shift, self._norm(x.float()), scale)).flatten(1, 2)
+        qk, v = self.qkv(y).split([2 * y.shape[-1], y.shape[-1]], dim=-1)
+        q, k = _rms_norm(qk.unflatten(-1, (2, -1)), self._norm_qk).unbind(2)
+        return tuple(t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v.to(self.dtype)))
+
+    def read(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, rotations: Rotations, views: Sequence[CacheView]
+    ) -> Tensor:
+        """What ``before_cache`` gave, rotated and written -> what each token read, [B, L, D]."""
+        q, k = rotate(q, rotations.query).to(self.dtype), rotate(k, rotations.key).to(self.dtype)
+        return attend_rows(q, [view.read(layer, q[row], k[row], v[row]) for row, view in enumerate(views)])
+
+    def after_cache(self, x: Tensor, time: Tensor, seen: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What was ``seen`` [B, L, D] is added, then the prompt (k, v [B or 1, text_len, n, d]), then the feed-forward."""
+        gate1, shift, scale, gate2 = self._modulation(time)[2:]
+        x = torch.addcmul(x.float(), self.o(self.o.round(seen)).view_as(x), gate1)
+        y = to_uint8(F.layer_norm(x, x.shape[-1:], *self._norm3, eps=self.eps)).flatten(1, 2)
+        q = _rms_norm(self.cross_q(y), self._norm_cross).to(self.dtype).unflatten(-1, (self.num_heads, -1))
+        x = x + self.cross_o(self.cross_o.round(attend(q, k, v))).view_as(x)
+        y = to_uint8(torch.addcmul(shift, self._norm(x), scale))
         return torch.addcmul(x, self.down(self.up.gelu_for(y, self.down)), gate2)
+
+    def _modulation(self, time: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate, twice, [B, F, 1, D], of a number of steps where a product follows."""
+        return torch.addcmul(self._base, time, self._fold).unsqueeze(3).unbind(2)
 
     def _norm(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=self.eps)
 
-    def _self_attention(self, x: Tensor, layer: int, rotations: Rotations, views: Sequence[CacheView]) -> Tensor:
-        """uint8 [B, L, D] -> [B, L, D]."""
-        qk, v = self.qkv(x).split([2 * x.shape[-1], x.shape[-1]], dim=-1)
-        q, k = _rms_norm_(qk.unflatten(-1, (2, -1)), self._norm_qk).unbind(2)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
-        q, k = rotate(q, rotations.query), rotate(k, rotations.key)
-        q, k, v = (t.to(self.dtype) for t in (q, k, v))
-        out = torch.empty(x.shape)
-        for row, view in enumerate(views):
-            out[row] = attend_reads(q[row : row + 1], view.read(layer, q[row], k[row], v[row]))[0]
-        return self.o(self.o.round(out))
 
-    def _cross_attention(self, x: Tensor, prompt: tuple[Tensor, Tensor]) -> Tensor:
-        """uint8 [B, L, D] -> [B, L, D]."""
-        q = _rms_norm_(self.cross_q(x), self._norm_cross).to(self.dtype).unflatten(-1, (self.num_heads, -1))
-        k, v = (t.expand(len(q), -1, -1, -1) for t in prompt)
-        return self.cross_o(self.cross_o.round(attend(q, k, v)))
-
-
-def _rms_norm_(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm in place; ``weight`` carries the square root of the width."""
-    return x.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1e-6)).mul_(weight)
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm; ``weight`` carries the square root of the width."""
+    return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6)).mul_(weight)
 
 
 class Int8Ranges(nn.Module):
