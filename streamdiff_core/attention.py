@@ -62,8 +62,8 @@ class Rotations:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention, scale 1/sqrt(d): q [B, L, n, d], k and v [B or 1, N, n, d] -> [B, L, n * d]."""
-    if mask is None and len(k) < len(q):  # all rows look at the same
-        return attend(q.flatten(0, 1)[None], k, v).view(*q.shape[:2], -1)
+    if mask is None and len(k) < len(q):  # all rows look at the same: one long row, and nothing is copied
+        return attend(q.flatten(0, 1)[None], k, v).unflatten(1, q.shape[:2]).squeeze(0)
     out = scaled_dot_product(*(x.transpose(1, 2) for x in (q, k, v)), mask=mask)
     return out.transpose(1, 2).flatten(2)
 
@@ -78,33 +78,6 @@ def attend_reads(q: Tensor, reads: Sequence[Read]) -> Tensor:
         group = q[:, :, heads]
         out[:, :, heads] = attend(group, r.keys[None], r.values[None], _mask(r, group)).view_as(group)
     return out.flatten(2)
-
-
-def attend_rows(q: Tensor, reads: Sequence[Sequence[Read]]) -> Tensor:
-    """Attention of every row to its own reads: q [B, L, n, d] -> [B, L, n * d].
-
-    Rows of one cache that see equally many tokens lie at equal distances in its memory: they go in one batch, uncopied.
-    """
-    if all(len(r) == 1 and r[0].heads is None and r[0].bias is None for r in reads):
-        k, v = (side_by_side(side) for side in ([r[0].keys for r in reads], [r[0].values for r in reads]))
-        if k is not None and v is not None:
-            return attend(q, k, v)
-    rows = [attend_reads(q[row : row + 1], own) for row, own in enumerate(reads)]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-def side_by_side(rows: Sequence[Tensor]) -> Tensor | None:
-    """Equal views at equal, growing distances in one memory as one tensor [B, ...]; None where they are not."""
-    first, at = rows[0], [x.storage_offset() for x in rows]
-    step = at[1] - at[0] if len(rows) > 1 else 1
-    home = first.untyped_storage().data_ptr()
-    if step < 1 or at != list(range(at[0], at[0] + len(rows) * step, step)):
-        return None
-    if any(x.shape != first.shape or x.stride() != first.stride() for x in rows[1:]):
-        return None
-    if any(x.untyped_storage().data_ptr() != home for x in rows[1:]):
-        return None
-    return first.as_strided((len(rows), *first.shape), (step, *first.stride()), at[0])
 
 
 def _mask(read: Read, q: Tensor) -> Tensor | None:
@@ -179,7 +152,10 @@ class SelfAttention(nn.Module):
         q, k = rotate(q, rotations.query), rotate(k, rotations.key)
         if views is None:
             return attend(q, k, v, mask)
-        return attend_rows(q, [view.read(layer, q[row], k[row], v[row]) for row, view in enumerate(views)])
+        rows = []
+        for row, view in enumerate(views):
+            rows.append(attend_reads(q[row : row + 1], view.read(layer, q[row], k[row], v[row])))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _fuse_again(module: SelfAttention, _keys: object = None) -> None:

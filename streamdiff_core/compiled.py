@@ -1,8 +1,9 @@
 """``torch.compile`` for the transformer, where it can help and change nothing else: the arithmetic around the cache.
 
-A block is compiled in two pieces, before and after it reads the cache. The cache itself, whose slots and positions are
-Python integers that change in every forward, and the complex rotations stay as they are; so nothing is compiled again
-while a stream runs. The first forward of each shape takes a minute. Off by default; results differ by rounding.
+A block is compiled in two pieces, before and after it reads the cache; what comes before and after all blocks is
+compiled too. The cache itself, whose slots and positions are Python integers that change in every forward, and the
+complex rotations stay as they are; so nothing is compiled again while a stream runs. 8-bit products stay oneDNN's. The
+first forward of each shape takes a minute. Off by default; results differ by rounding.
 
 Shapes: B rows, F latent frames, P tokens per frame, L = F * P, D width, n heads, d head dim.
 """
@@ -16,40 +17,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamdiff_core.int8_blocks import Int8Block
 from streamdiff_core.cpu_kernels import linear_gelu
 from streamdiff_core.dit import Block, CausalWanTransformer, modulate
+from streamdiff_core.int8_blocks import Int8Block
 
 
 def compile_blocks(transformer: CausalWanTransformer, backend: str | Callable = "inductor") -> CausalWanTransformer:
     """Have every block run compiled pieces, in place; all blocks share them. They are made at the first forward.
 
     Raises:
-        ValueError: no C++ compiler, which ``inductor`` needs on a CPU, or blocks that compute in 8 bits.
+        ValueError: no C++ compiler, which ``inductor`` needs on a CPU.
     """
     if backend == "inductor" and transformer.device.type == "cpu" and not has_compiler():
         raise ValueError(
             "compiling for a CPU needs a C++ compiler (g++ or clang++); install one, or leave out --compile"
         )
-    before, after = (torch.compile(piece, dynamic=False, backend=backend) for piece in (before_cache, after_cache))
 
-    before8, after8 = (
-        torch.compile(piece, dynamic=False, backend=backend) for piece in (Int8Block.before_cache, Int8Block.after_cache)
+    def compiled(piece: Callable) -> Callable:
+        return torch.compile(piece, dynamic=False, backend=backend)
+
+    before, after, before8, after8 = map(
+        compiled, (before_cache, after_cache, Int8Block.before_cache, Int8Block.after_cache)
     )
 
-    def compiled8(block: Block):
-        plain, own = block.forward, block.int8
-
-        def forward(x, time, layer, prompt, rotations, views, mask):
-            if views is None:
-                return plain(x, time, layer, prompt, rotations, views, mask)
-            x = x.float()
-            seen = own.read(*before8(own, x, time), layer, rotations, views)
-            return after8(own, x, time, seen, *prompt)
-        return forward
-
-    def compiled(block: Block) -> Callable[..., Tensor]:
+    def in_pieces(block: Block) -> Callable[..., Tensor]:
         def forward(x, time, layer, prompt, rotations, views, mask):  # as Block.forward
+            if block.int8 is not None and views is not None:
+                x = x.float()
+                seen = block.int8.read(*before8(block.int8, x, time), layer, rotations, views)
+                return after8(block.int8, x, time, seen, *prompt)
             modulation = (block.modulation + time).unsqueeze(3).unbind(2)  # shift, scale, gate, twice: [B, F, 1, D]
             q, k, v = before(block, x, *modulation[:2])
             seen = block.self_attn.read(q, k, v, layer, rotations, views, mask)
@@ -58,10 +54,8 @@ def compile_blocks(transformer: CausalWanTransformer, backend: str | Callable = 
         return forward
 
     for block in transformer.blocks:
-        block.forward = compiled8(block) if block.int8 else compiled(block)
-    transformer.embed, transformer.predict = (
-        torch.compile(piece, dynamic=False, backend=backend) for piece in (transformer.embed, transformer.predict)
-    )
+        block.forward = in_pieces(block)
+    transformer.embed, transformer.predict = compiled(transformer.embed), compiled(transformer.predict)
     return transformer
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +35,9 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if mask is not None or scores > MAX_SCORES or not is_fast_case(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if torch.compiler.is_compiling():  # a compiled graph looks after memory itself
+        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
     b, n, length, _ = q.shape
-    if torch.compiler.is_compiling():
-        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1) @ v
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     weights = _scratch(b * n, length, k.shape[1])
     torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(-1, -2), out=weights)
@@ -59,18 +60,40 @@ def linear_gelu(x: Tensor, linear: nn.Linear) -> Tensor:
     """tanh-GELU of a linear layer, [..., D] -> [..., D']."""
     plain = type(linear.weight) is nn.Parameter  # and not a quantised tensor
     if _HAS_FUSED_GELU and plain and is_fast_case(x, linear.weight):
-        return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
+        fused = torch.ops.streamdiff.linear_gelu if torch.compiler.is_compiling() else _fused_gelu
+        return fused(x, linear.weight, linear.bias)
     return F.gelu(linear(x), approximate="tanh")
+
+
+def define_opaque(name: str, arguments: str, compute: Callable[..., Tensor], like: Callable[..., Tensor]) -> None:
+    """An operation ``torch.ops.streamdiff.<name>`` that a compiled graph calls on a CPU without looking inside.
+
+    Args:
+        arguments: their declaration, for instance ``Tensor x, SymInt width``.
+        compute: does it.
+        like: from the same arguments, an empty tensor of the result's shape and number type.
+    """
+    torch.library.define(f"streamdiff::{name}", f"({arguments}) -> Tensor")
+    torch.library.impl(f"streamdiff::{name}", "CPU", compute)
+    torch.library.register_fake(f"streamdiff::{name}", like)
+
+
+def _fused_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
 
 
 def _has_fused_gelu() -> bool:
     """Whether this build of PyTorch has oneDNN's linear + GELU and it runs."""
     try:
         one = torch.ones(1, 1, dtype=torch.bfloat16)
-        torch.ops.mkldnn._linear_pointwise(one, one, one[0], "gelu", [], "tanh")
+        _fused_gelu(one, one, one[0])
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return True
 
 
 _HAS_FUSED_GELU = _has_fused_gelu()
+define_opaque(
+    "linear_gelu", "Tensor x, Tensor weight, Tensor bias", _fused_gelu,
+    lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)),
+)  # fmt: skip

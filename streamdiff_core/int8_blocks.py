@@ -10,8 +10,9 @@ Shapes: B rows, F latent frames, P tokens per frame, L = F * P, D width, n heads
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -20,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamdiff_core.attention import Rotations, attend, attend_rows
+from streamdiff_core.attention import Rotations, attend, attend_reads
+from streamdiff_core.cpu_kernels import define_opaque
 from streamdiff_core.dit import Block, CausalWanTransformer
 from streamdiff_core.kv_cache import CacheView
 from streamdiff_core.rope import rotate
@@ -33,8 +35,8 @@ Range = tuple[float, float]
 """Smallest and largest value; what lies outside is clipped."""
 
 
-_layers: WeakValueDictionary[int, Int8Linear] = WeakValueDictionary()
-"""By number. A compiled graph takes a layer's number in place of its packed weight, which it could not."""
+_numbers, _layers = itertools.count(), WeakValueDictionary()
+"""Layers by number: a compiled graph is told a layer's number, since it cannot be given a packed weight."""
 
 
 class Int8Linear:
@@ -51,9 +53,10 @@ class Int8Linear:
         self._weight = torch.ops.onednn.qlinear_prepack(rounded, None)
         self._zeros = torch.zeros(len(weight), dtype=torch.int32)
         self._bias = bias.detach().float()
+        # as tensors, so that one compiled graph serves all layers
         self._per_step, self._offset = torch.tensor([1 / self.step, self.zero + 0.5]).unbind()
-        self.number = torch.tensor(id(self))
-        _layers[id(self)] = self
+        self._number = torch.tensor(next(_numbers))
+        _layers[self._number.item()] = self
 
     def round(self, x: Tensor) -> Tensor:
         """This layer's uint8 input."""
@@ -61,41 +64,34 @@ class Int8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """uint8 [..., D] -> float32 [..., D']."""
-        return torch.ops.streamdiff.int8_linear(x, self.number, self.width)
+        if torch.compiler.is_compiling():
+            return torch.ops.streamdiff.int8_linear(x, self._number, self.width)
+        return self._multiply(x, 1.0, 0, torch.float32, "none", "")
 
     def gelu_for(self, x: Tensor, consumer: Int8Linear) -> Tensor:
         """tanh-GELU of the product, uint8 [..., D'] as ``consumer`` reads it: one pass over memory."""
-        return torch.ops.streamdiff.int8_gelu(x, self.number, consumer.number, self.width)
+        if torch.compiler.is_compiling():
+            return torch.ops.streamdiff.int8_gelu(x, self._number, consumer._number, self.width)
+        return self._multiply(x, consumer.step, consumer.zero, torch.uint8, "gelu", "tanh")
 
-    def multiply(
-        self, x: Tensor, step: float = 1.0, zero: int = 0, dtype: torch.dtype = torch.float32, form: str = ""
-    ) -> Tensor:
-        """The product, and its GELU if ``form`` names one, in steps from zero."""
+    def _multiply(self, x: Tensor, step: float, zero: int, dtype: torch.dtype, post: str, form: str) -> Tensor:
         out = torch.ops.onednn.qlinear_pointwise(
             x.flatten(0, -2), self.step, self.zero, self._weight, self._scales, self._zeros, self._bias,
-            step, zero, dtype, "gelu" if form else "none", [], form,
+            step, zero, dtype, post, [], form,
         )  # fmt: skip
         return out.unflatten(0, x.shape[:-1])
 
 
-def _define(name: str, signature: str, compute: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    """An operation that a compiled graph calls without looking inside; its last argument is the width it gives."""
-    torch.library.define(f"streamdiff::{name}", signature)
-    torch.library.impl(f"streamdiff::{name}", "CPU", compute)
-    torch.library.register_fake(f"streamdiff::{name}", lambda x, *a: x.new_empty(*x.shape[:-1], a[-1], dtype=dtype))
-
-
-def _linear(x: Tensor, layer: Tensor, _: int) -> Tensor:
-    return _layers[layer.item()].multiply(x)
-
-
-def _gelu(x: Tensor, layer: Tensor, consumer: Tensor, _: int) -> Tensor:
-    next_ = _layers[consumer.item()]
-    return _layers[layer.item()].multiply(x, next_.step, next_.zero, torch.uint8, "tanh")
-
-
-_define("int8_linear", "(Tensor x, Tensor layer, SymInt width) -> Tensor", _linear, torch.float32)
-_define("int8_gelu", "(Tensor x, Tensor layer, Tensor consumer, SymInt width) -> Tensor", _gelu, torch.uint8)
+define_opaque(
+    "int8_linear", "Tensor x, Tensor layer, SymInt width",
+    lambda x, layer, _: _layers[layer.item()](x),
+    lambda x, _, width: x.new_empty(*x.shape[:-1], width, dtype=torch.float32),
+)  # fmt: skip
+define_opaque(
+    "int8_gelu", "Tensor x, Tensor layer, Tensor consumer, SymInt width",
+    lambda x, layer, consumer, _: _layers[layer.item()].gelu_for(x, _layers[consumer.item()]),
+    lambda x, _, __, width: x.new_empty(*x.shape[:-1], width),
+)  # fmt: skip
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -150,10 +146,11 @@ class Int8Block:
     ) -> Tensor:
         """What ``before_cache`` gave, rotated and written -> what each token read, [B, L, D]."""
         q, k = rotate(q, rotations.query).to(self.dtype), rotate(k, rotations.key).to(self.dtype)
-        return attend_rows(q, [view.read(layer, q[row], k[row], v[row]) for row, view in enumerate(views)])
+        rows = [attend_reads(q[i : i + 1], view.read(layer, q[i], k[i], v[i])) for i, view in enumerate(views)]
+        return torch.cat(rows)
 
     def after_cache(self, x: Tensor, time: Tensor, seen: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What was ``seen`` [B, L, D] is added, then the prompt (k, v [B or 1, text_len, n, d]), then the feed-forward."""
+        """What was ``seen`` [B, L, D] is added, then the prompt (k, v as in ``attend``), then the feed-forward."""
         gate1, shift, scale, gate2 = self._modulation(time)[2:]
         x = torch.addcmul(x.float(), self.o(self.o.round(seen)).view_as(x), gate1)
         y = to_uint8(F.layer_norm(x, x.shape[-1:], *self._norm3, eps=self.eps)).flatten(1, 2)
