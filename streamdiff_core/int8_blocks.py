@@ -168,8 +168,9 @@ class Int8Block:
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm; ``weight`` carries the square root of the width."""
-    return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6)).mul_(weight)
+    """RMSNorm; ``weight`` carries the square root of the width. Outside compiled code ``x`` is used up."""
+    divide = x.div if torch.compiler.is_compiling() else x.div_
+    return divide(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6)).mul_(weight)
 
 
 class Int8Ranges(nn.Module):

@@ -58,6 +58,21 @@ def test_attend_against_a_loop_with_and_without_mask():
     assert_close(attend(q, k, v, mask), naive_attention(q, k[:, :2], v[:, :2]))
 
 
+def test_rows_that_share_keys_attend_as_with_keys_of_their_own():
+    q, k, v = (
+        torch.randn(b, n, 2, 4, dtype=torch.float64)
+        for b, n in (
+            (
+                3,
+                5,
+            ),
+            (1, 7),
+            (1, 7),
+        )
+    )
+    assert_close(attend(q, k, v), attend(q, k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)))
+
+
 def test_cross_attention_sees_the_padding():
     """Padded prompt tokens are attended to, as in Wan; leaving them out is a different result."""
     cross = randomised(CrossAttention(32, 2, 1e-6))

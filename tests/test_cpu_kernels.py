@@ -66,6 +66,19 @@ def test_linear_gelu(monkeypatch, fused):
         assert_close(linear_gelu(x, linear).double(), exact, rtol=2**-7, atol=2**-8)
 
 
+def test_compiled_code_takes_both_and_gives_the_same():
+    """``aot_eager`` traces as inductor does: memory kept between calls or an unknown operation would stop it."""
+    q, k, v = (torch.randn(2, 3, n, 16).bfloat16() for n in (20, 50, 50))
+    linear, x = nn.Linear(16, 48).bfloat16(), torch.randn(7, 16).bfloat16()
+
+    def both():
+        return scaled_dot_product(q, k, v), linear_gelu(x, linear)
+
+    with torch.inference_mode():
+        for got, want in zip(torch.compile(both, backend="aot_eager", fullgraph=True)(), both(), strict=True):
+            assert_close(got, want)
+
+
 def test_scores_reuse_one_piece_of_memory_per_thread_and_results_do_not():
     """A result that lay in that memory would change with the next call, one shared by threads at any time."""
     q, k, v, other = (torch.randn(1, 2, n, 8).bfloat16() for n in (5, 9, 9, 5))

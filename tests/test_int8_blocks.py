@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from streamdiff_core import StreamPipeline, int8_blocks
 from streamdiff_core.bench import count_chunk_flops
+from streamdiff_core.compiled import compile_blocks
 from streamdiff_core.config import CacheConfig, ModelConfig
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.int8_blocks import RANGES_FILE, Int8Linear, has_int8, measure_ranges, use_int8
@@ -30,7 +31,7 @@ needs_vnni = pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI ins
 CONFIG = ModelConfig(
     dim=64, ffn_dim=128, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, text_len=4, freq_dim=16
 )
-RANGES = [[[-8.0, 8.0]] * 5 + [[-0.2, 8.0]]] * 2
+RANGES = [[[-8.0, 8.0]] * 5 + [[-0.2, 8.0]], [[-6.0, 7.0]] * 5 + [[-0.3, 5.0]]]
 
 
 @pytest.fixture
@@ -108,6 +109,23 @@ def test_rows_of_a_batch_do_not_touch_each_other(rounded):
     block, x = rounded.blocks[0].int8, torch.randn(3, 16, 64)
     whole = block.up(block.up.round(x))
     assert all(torch.equal(whole[i], block.up(block.up.round(x[i : i + 1]))[0]) for i in range(3))
+
+
+@needs_vnni
+def test_compiled_pieces_serve_all_blocks_and_give_the_same(rounded):
+    """A number that a graph took from the first block, a step or a layer, would be an error of tens of percent."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    before = stream(rounded, [0, 1])
+    after = stream(compile_blocks(rounded, backend=backend), [0, 1])
+    assert len(graphs) == 4, "what comes before, between and after the blocks' reads"
+    for got, want in zip(after, before, strict=True):
+        assert_close(got, want, rtol=0, atol=1e-2 * float(want.abs().max()))
 
 
 @needs_vnni
