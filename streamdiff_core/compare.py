@@ -101,6 +101,8 @@ def compare(
         VideoReadError: the input cannot be read.
     """
     require_matplotlib()
+    if figures_every < 1:
+        raise ValueError(f"figures_every must be 1 or more, got {figures_every}")
     folder = open_folder(folder)
     if pipe.preset.name != comparison.base.preset:
         raise ValueError(

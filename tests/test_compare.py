@@ -292,6 +292,9 @@ def test_folders_and_inputs_that_are_refused(pipe: StreamPipeline, clip: Path, t
         with pytest.raises(ValueError, match=says):
             run_all(compare(pipe, comparison, source, tmp_path / folder))
     assert (tmp_path / "full" / "letter.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="figures_every must be 1 or more, got 0"):
+        run_all(compare(pipe, comparison, clip, tmp_path / "new", figures_every=0))
+    assert not (tmp_path / "new").exists(), "said before anything is made"
 
 
 def test_missing_matplotlib_is_said_first(pipe: StreamPipeline, clip: Path, tmp_path: Path, monkeypatch) -> None:
