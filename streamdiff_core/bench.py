@@ -23,6 +23,7 @@ from streamdiff_core.bench_frames import FrameLoop, source_frames
 from streamdiff_core.compiled import compile_blocks
 from streamdiff_core.config import PRESETS
 from streamdiff_core.cuda_graphs import record_forwards
+from streamdiff_core.device_streams import can_overlap
 from streamdiff_core.forecast import CHUNK_FRAMES, SIZES, forecast, machine_of, predictions, work_of
 from streamdiff_core.machine import machine_facts, peak_memory_bytes, source_commit
 from streamdiff_core.memory_need import memory_need
@@ -71,6 +72,8 @@ class BenchOptions:
     """Whether the transformer's blocks go through ``torch.compile``."""
     cuda_graphs: bool = False
     """Whether forwards that repeat are recorded and replayed."""
+    overlap_stages: bool = False
+    """Whether sessions encode and decode on CUDA streams of their own."""
     shrink: int = 1
     """Full-size presets with random weights: divisor of all sizes, for a machine without a GPU."""
 
@@ -115,6 +118,7 @@ def run_benchmark(options: BenchOptions, progress: Callable[[str], None] = lambd
         "shrink": options.shrink,
         "compiled": options.compile,
         "cuda_graphs": options.cuda_graphs,
+        "overlap_stages": options.overlap_stages,
         "vae": options.vae,
         "device": str(pipe.device),
         "dtype": dtype,
@@ -273,4 +277,5 @@ def load_pipeline(options: BenchOptions) -> StreamPipeline:
         compile_blocks(pipe.transformer)
     if options.cuda_graphs:
         record_forwards(pipe.transformer)
+    pipe.overlap_stages = options.overlap_stages and can_overlap(pipe.device)
     return pipe

@@ -24,7 +24,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         (
             "number type",
             f"{result['dtype']}{_rounded(result)} on {result['device']}{', torch.compile' * result['compiled']}"
-            f"{', CUDA graphs' * result['cuda_graphs']}",
+            f"{', CUDA graphs' * result['cuda_graphs']}{', stages overlap' * result['overlap_stages']}",
         ),
         ("weights, input", f"{result['weights']}, {result['source']}"),
         ("GEMM peak in this run", ", ".join(f"{name} {_tera(peak)}" for name, peak in peaks.items())),

@@ -101,7 +101,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 RECIPE_LEAVES_OPEN = (
     "input", "recipe", "save_recipe", "output", "overwrite", "strip", "json", "debug", "command", "preset",
-    "device", "dtype", "weights", "vae", "lora", "quantise", "compile", "cuda_graphs",
+    "device", "dtype", "weights", "vae", "lora", "quantise", "compile", "cuda_graphs", "overlap_stages",
     "threads", "stages",
 )  # fmt: skip
 """Options of ``run`` that may stand beside ``--recipe``; it sets all others."""
@@ -175,6 +175,7 @@ def bench_command(args: argparse.Namespace) -> int:
         source=args.input, device=args.device, dtype=args.dtype, weights=args.weights,
         random_weights=args.random_weights, compare_eager=not args.no_eager, vae=args.vae, shrink=args.shrink,
         quantisation=args.quantise, compile=args.compile, cuda_graphs=args.cuda_graphs,
+        overlap_stages=args.overlap_stages,
     )  # fmt: skip
     result = bench.run_benchmark(options, progress=lambda what: print(f"measuring: {what}", file=sys.stderr))
     report = bench_report.save_report(result, args.report or None) if args.report is not None else None
@@ -276,7 +277,7 @@ def load(args: argparse.Namespace) -> Any:
     return StreamPipeline.from_preset(
         args.preset, device=args.device, dtype=args.dtype, weights=args.weights,
         vae=args.vae, lora=dict(args.lora), quantisation=args.quantise, compile=args.compile,
-        cuda_graphs=args.cuda_graphs,
+        cuda_graphs=args.cuda_graphs, overlap_stages=getattr(args, "overlap_stages", False),
     )  # fmt: skip
 
 
@@ -286,9 +287,10 @@ def load_stages(args: argparse.Namespace) -> Any:
 
     from streamdiff_core.parallel_pipeline import join, launch
 
-    if args.lora or args.quantise or args.compile or args.cuda_graphs:
+    if args.lora or args.quantise or args.compile or args.cuda_graphs or args.overlap_stages:
         raise ValueError(
-            "--lora, --quantise, --compile and --cuda-graphs do not go with several stages; leave out either"
+            "--lora, --quantise, --compile, --cuda-graphs and --overlap-stages do not go with several stages; "
+            "leave out either"
         )
     options = {"device": args.device, "dtype": args.dtype, "weights": args.weights, "vae": args.vae}
     pipe = launch(args.preset, args.stages, **options) if args.stages else join(args.preset, **options)

@@ -113,6 +113,7 @@ def _add_run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--window", type=int, help="latest latent frames kept")
     p.add_argument("--inputs", metavar="RULE[+RULE…]", help="rules of the input side, such as freeze+rcfg")
     _add_set(p)
+    _add_overlap(p)
     p.add_argument("--clean-pass", action="store_true", help="rewrite the cache with clean frames (sequential only)")
     p.add_argument("--side-by-side", action="store_true", help="write the input beside the result")
     p.add_argument("--strip", metavar="PNG", help="also draw six moments before and after")
@@ -151,8 +152,13 @@ def _add_set(p: argparse.ArgumentParser) -> None:
                    help="any other setting, as positions=ahead or ema_sink.decay=0.9; may be repeated")  # fmt: skip
 
 
+def _add_overlap(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--overlap-stages", action="store_true", help="decode while denoising goes on (GPU; not measured)")
+
+
 def _add_bench(p: argparse.ArgumentParser) -> None:
     p.set_defaults(command="bench")
+    _add_overlap(p)
     p.add_argument("--steps", type=parse_counts, default=(2,), metavar="N[,N…]", help="denoising steps (default 2)")
     p.add_argument("--chunks", type=positive(int), default=40, help="chunks of 4 frames to time (default 40)")
     p.add_argument("--input", help="video to use in place of synthetic moving frames")

@@ -80,6 +80,11 @@ def frames_to_tensor(frames: np.ndarray) -> Tensor:
 
 
 def tensor_to_frames(x: Tensor) -> np.ndarray:
+    """``tensor_to_uint8`` on the host."""
+    return tensor_to_uint8(x).cpu().numpy()
+
+
+def tensor_to_uint8(x: Tensor) -> Tensor:
     """Float ``[1, T, 3, H, W]`` in [-1, 1] → uint8 ``[T, H, W, 3]``, rounded to nearest, clamped to 0…255.
 
     Raises:
@@ -88,7 +93,7 @@ def tensor_to_frames(x: Tensor) -> np.ndarray:
     if x.ndim != 5 or x.shape[0] != 1 or x.shape[2] != 3:
         raise ValueError(f"expected [1, T, 3, H, W], got {list(x.shape)}; pass one stream at a time")
     pixels = ((x[0].detach().to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return pixels.permute(0, 2, 3, 1).contiguous()
 
 
 def fit_size(width: int, height: int, area_px: int, multiple: int = 16) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from streamdiff_core.attention_choice import rank_backends
 from streamdiff_core.compiled import compile_blocks
 from streamdiff_core.config import CacheConfig, Preset, get_preset
 from streamdiff_core.cuda_graphs import record_forwards
+from streamdiff_core.device_streams import can_overlap
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.engine import Engine
 from streamdiff_core.full_size import load_modules
@@ -50,6 +51,8 @@ class StreamPipeline:
     """Weights of one preset on one device; ``start`` makes streams."""
 
     session_type: type[StreamSession] = StreamSession
+    overlap_stages: bool = False
+    """Whether sessions encode and decode on CUDA streams of their own (``device_streams``)."""
     int8_ranges: Int8Ranges | None = None
     """What activations are rounded with under ``quantisation="w8a8"``."""
 
@@ -77,6 +80,7 @@ class StreamPipeline:
         quantisation: str | None = None,
         compile: bool = False,
         cuda_graphs: bool = False,
+        overlap_stages: bool = False,
     ) -> StreamPipeline:
         """Load a preset.
 
@@ -92,9 +96,11 @@ class StreamPipeline:
                 on a CPU with VNNI instructions (``tiny``, or ``weights`` with their ranges); default none.
             compile: run the transformer's blocks through ``torch.compile``; the first chunks then take minutes.
             cuda_graphs: record forwards that repeat and replay them; needs a GPU, and was not measured on one.
+            overlap_stages: decode a chunk while the next one is denoised; ``push`` then returns the frames of the chunk
+                before. Needs a GPU, and was not measured on one.
 
         Raises:
-            ValueError: unknown preset, device, dtype or quantisation; CUDA graphs without a GPU.
+            ValueError: unknown preset, device, dtype or quantisation; CUDA graphs or overlap without a GPU.
             CheckpointError: weights missing, not fitting, or too large for this machine.
         """
         preset = get_preset(name)
@@ -110,6 +116,7 @@ class StreamPipeline:
             compile_blocks(pipe.transformer)
         if cuda_graphs:
             record_forwards(pipe.transformer)
+        pipe.overlap_stages = overlap_stages and can_overlap(pipe.device)
         return pipe
 
     @classmethod

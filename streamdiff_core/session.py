@@ -12,6 +12,8 @@ its last frame and the padding is cut from the output; upstream drops it.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +24,9 @@ from torch import Tensor
 from streamdiff_core.attention import PromptContext
 from streamdiff_core.config import SteadyConfig
 from streamdiff_core.denoiser import Denoiser
+from streamdiff_core.device_streams import InTurn, StageStreams
 from streamdiff_core.flow import select_steps, spaced_steps
-from streamdiff_core.frames import check_frames, frames_to_tensor, resize_and_crop, tensor_to_frames
+from streamdiff_core.frames import check_frames, frames_to_tensor, resize_and_crop, tensor_to_uint8
 from streamdiff_core.inputs import HeldFrames, make_inputs
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES
@@ -77,6 +80,8 @@ class StreamSession:
         self._denoiser.guide = self._inputs.guide
         self._options_taken = o
         self._encoder_state, self._decoder_state = pipe.vae.new_state(), pipe.vae.new_state()
+        self._streams = StageStreams(pipe.device) if pipe.overlap_stages else InTurn()
+        self._decoding: deque[tuple[int, Callable[[], np.ndarray]]] = deque()  # chunk, what waits for its frames
         self._steady_state = SteadyState()
         self._sources: dict[int, Tensor] = {}  # input of the chunks in flight [T, 3, H, W]
         self._pending: list[np.ndarray] = []
@@ -135,7 +140,7 @@ class StreamSession:
             out += self._run(self._take(np.stack(padded), count))
         while self.schedule.num_in_flight:
             out += self._run(self._advance(None))
-        return self._deliver(out)
+        return self._deliver(out + self._decoded())
 
     def generate(self, num_frames: int) -> np.ndarray:
         """Text to video: the next ``num_frames`` frames of the stream, uint8 [T, height, width, 3].
@@ -158,7 +163,7 @@ class StreamSession:
             out += self._run(self._advance(EncodedChunk(chunk)))
         while self.schedule.num_in_flight:
             out += self._run(self._advance(None))
-        clip = np.concatenate(out)
+        clip = np.concatenate(out + self._decoded())
         self._spare = clip[num_frames:].copy()
         return self._deliver([clip[:num_frames]])
 
@@ -211,6 +216,7 @@ class StreamSession:
         self._closed = True
         self._denoiser = self._encoder_state = self._decoder_state = self._previous = None
         self._pending, self._sources, self._steady_state = [], {}, SteadyState()
+        self._decoding.clear()
 
     def __enter__(self) -> StreamSession:
         return self
@@ -298,14 +304,16 @@ class StreamSession:
             ValueError: frames of another size than the stream's.
         """
         check_frames(frames, (self.options.width, self.options.height))
-        with self.timer.stage("border", self._chunk_idx):
-            pixels = frames_to_tensor(frames).to(self.pipe.device)
-        with self.timer.stage("encode", self._chunk_idx):
-            latents = self.pipe.vae.encode(pixels, self._encoder_state)[0]
-        if self.options.steady:
-            self._sources[self._chunk_idx] = pixels[0]
-        noise_scale, timesteps = self._decide_noise(pixels[0], latents)
-        chunk = self._new_chunk(latents, noise_scale, timesteps, len(frames) if num_frames is None else num_frames)
+        with self._streams.stage("encode"):
+            with self.timer.stage("border", self._chunk_idx):
+                pixels = frames_to_tensor(frames).to(self.pipe.device)
+            with self.timer.stage("encode", self._chunk_idx):
+                latents = self.pipe.vae.encode(pixels, self._encoder_state)[0]
+            if self.options.steady:
+                self._sources[self._chunk_idx] = pixels[0]
+            noise_scale, timesteps = self._decide_noise(pixels[0], latents)
+            chunk = self._new_chunk(latents, noise_scale, timesteps, len(frames) if num_frames is None else num_frames)
+        self._streams.hand_over("encode", latents)
         return EncodedChunk(chunk)
 
     @torch.inference_mode()
@@ -326,19 +334,32 @@ class StreamSession:
     @torch.inference_mode()
     def decode_chunk(self, denoised: DenoisedChunk) -> DecodedChunk:
         """Latents of one chunk -> uint8 frames [T, height, width, 3], padding removed. Chunks come in order."""
-        with self.timer.stage("decode", denoised.chunk_idx):
-            pixels = self._decode(denoised)
-            source = self._sources.pop(denoised.chunk_idx, None)
-            if source is None:
-                self._steady_state = SteadyState()
-            else:
-                steady = self.pipe.preset.steady or SteadyConfig()
-                pixels = hold_still(pixels[0], source, self._steady_state, steady)[None]
-        with self.timer.stage("border", denoised.chunk_idx):
-            frames = tensor_to_frames(pixels)[: denoised.num_frames]
-        return DecodedChunk(denoised.chunk_idx, frames)
+        return DecodedChunk(denoised.chunk_idx, self._start_decoding(denoised)())
 
     # --- inside ---------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _start_decoding(self, denoised: DenoisedChunk) -> Callable[[], np.ndarray]:
+        """What waits for the frames."""
+        source = self._sources.pop(denoised.chunk_idx, None)
+        with self._streams.stage("decode", denoised.latents, *([] if source is None else [source])):
+            with self.timer.stage("decode", denoised.chunk_idx):
+                pixels = self._decode(denoised)
+                if source is None:
+                    self._steady_state = SteadyState()
+                else:
+                    steady = self.pipe.preset.steady or SteadyConfig()
+                    pixels = hold_still(pixels[0], source, self._steady_state, steady)[None]
+            with self.timer.stage("border", denoised.chunk_idx):
+                return self._streams.fetch(tensor_to_uint8(pixels)[: denoised.num_frames])
+
+    def _decoded(self, but: int = 0) -> list[np.ndarray]:
+        """Frames of all chunks being decoded but the newest few; a stream's first chunk is always waited for."""
+        out = []
+        while len(self._decoding) > but or (self._decoding and self._decoding[0][0] == 0):
+            chunk_idx, frames = self._decoding.popleft()
+            out += self._held.after(chunk_idx, frames())
+        return out
 
     def _decode(self, denoised: DenoisedChunk) -> Tensor:
         """Pixels [1, T, 3, H, W] of a chunk."""
@@ -371,7 +392,10 @@ class StreamSession:
         done = yield from self._denoise(encoded)
         if done:
             yield []  # end of a stage
-        return [clip for d in done for clip in self._held.after(d.chunk_idx, self.decode_chunk(d).frames)]
+        if not self._streams.delay_chunks:
+            return [clip for d in done for clip in self._held.after(d.chunk_idx, self.decode_chunk(d).frames)]
+        self._decoding += [(d.chunk_idx, self._start_decoding(d)) for d in done]
+        return self._decoded(but=self._streams.delay_chunks)
 
     def _take(self, frames: np.ndarray, num_frames: int | None = None) -> Work[list[np.ndarray]]:
         """Process a chunk, or hold it back where an input rule says so; chunks in flight go on either way."""
