@@ -161,6 +161,11 @@ def test_recipe_and_anchor(server, monkeypatch):
         ('{"type": "prompt", "prompt": {"x": 1' + "0" * 400 + "}}", "bad_setting", "not a number"),
         ('{"type": "set", "options": {"seed": 1' + "0" * 400 + "}}", "bad_setting", "Seed must be a whole number"),
         ('{"type": "set", "options": {"window_frames": 3000}}', "bad_setting", "at most 64"),
+        (
+            '{"type": "set", "options": {"policy": "frame_routing", "policy_options": {"bank_frames": 1000000000}}}',
+            "bad_setting",
+            "what the policy keeps besides",
+        ),
         ('{"type": "dance"}', "bad_setting", "does not know 'dance'"),
         ("x" * 20_001, "too_large", "longer than"),
         (b"", "bad_frame", "without a picture"),
