@@ -1,9 +1,9 @@
 """``torch.compile`` for the transformer, where it can help and change nothing else: the arithmetic around the cache.
 
-A block is compiled in two pieces, before and after it reads the cache; what comes before and after all blocks is
-compiled too. The cache itself, whose slots and positions are Python integers that change in every forward, and the
-complex rotations stay as they are; so nothing is compiled again while a stream runs. 8-bit products stay oneDNN's. The
-first forward of each shape takes a minute. Off by default; results differ by rounding.
+A forward is one compiled graph. In the middle of every block it calls back, for reading the cache: slots and positions
+are Python integers that change in every forward, and the rotations are complex; so nothing is compiled again while a
+stream runs. 8-bit products stay oneDNN's. The first forward of each shape takes a minute. Off by default; results
+differ by rounding.
 
 Shapes: B rows, F latent frames, P tokens per frame, L = F * P, D width, n heads, d head dim.
 """
@@ -11,19 +11,27 @@ Shapes: B rows, F latent frames, P tokens per frame, L = F * P, D width, n heads
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamdiff_core.cpu_kernels import linear_gelu
-from streamdiff_core.dit import Block, CausalWanTransformer, modulate
-from streamdiff_core.int8_blocks import Int8Block
+from streamdiff_core.attention import Rotations
+from streamdiff_core.cpu_kernels import define_opaque, linear_gelu
+from streamdiff_core.dit import Block, CausalWanTransformer, Tokens, modulate, prompt_rows
+
+_now = threading.local()
+"""``read``: what the running forward of a thread reads its cache with, ``(q, k, v, layer)`` -> [B, L, D]."""
+define_opaque(
+    "read_cache", "Tensor q, Tensor k, Tensor v, int layer", lambda *args: _now.read(*args),
+    lambda q, k, v, layer: v.new_empty(*v.shape[:2], v.shape[2] * v.shape[3]),
+)  # fmt: skip
 
 
 def compile_blocks(transformer: CausalWanTransformer, backend: str | Callable = "inductor") -> CausalWanTransformer:
-    """Have every block run compiled pieces, in place; all blocks share them. They are made at the first forward.
+    """Have every forward over a cache run compiled, in place. It is compiled when it first runs.
 
     Raises:
         ValueError: no C++ compiler, which ``inductor`` needs on a CPU.
@@ -32,53 +40,67 @@ def compile_blocks(transformer: CausalWanTransformer, backend: str | Callable = 
         raise ValueError(
             "compiling for a CPU needs a C++ compiler (g++ or clang++); install one, or leave out --compile"
         )
+    plain, (_, patch_height, patch_width) = transformer.forward, transformer.config.patch_size
+    parts = [_PlainBlock(block) if block.int8 is None else block.int8 for block in transformer.blocks]
 
-    def compiled(piece: Callable) -> Callable:
-        return torch.compile(piece, dynamic=False, backend=backend)
+    def around_cache(xt: Tensor, timestep: Tensor, prompts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        tokens = transformer.embed(xt, timestep)
+        x = tokens.x
+        for layer, (part, prompt) in enumerate(zip(parts, prompts, strict=True)):
+            seen = torch.ops.streamdiff.read_cache(*part.before_cache(x, tokens.time6), layer)
+            x = part.after_cache(x, tokens.time6, seen, *prompt)
+        return transformer.predict(Tokens(x.to(tokens.x.dtype), tokens.time, tokens.time6), xt, timestep)
 
-    before, after, before8, after8 = map(
-        compiled, (before_cache, after_cache, Int8Block.before_cache, Int8Block.after_cache)
-    )
+    compiled = torch.compile(around_cache, dynamic=False, backend=backend)
 
-    def in_pieces(block: Block) -> Callable[..., Tensor]:
-        def forward(x, time, layer, prompt, rotations, views, mask):  # as Block.forward
-            if block.int8 is not None and views is not None:
-                x = x.float()
-                seen = block.int8.read(*before8(block.int8, x, time), layer, rotations, views)
-                return after8(block.int8, x, time, seen, *prompt)
-            modulation = (block.modulation + time).unsqueeze(3).unbind(2)  # shift, scale, gate, twice: [B, F, 1, D]
-            q, k, v = before(block, x, *modulation[:2])
-            seen = block.self_attn.read(q, k, v, layer, rotations, views, mask)
-            return after(block, x, seen, *prompt, *modulation[2:])
+    def forward(xt, timestep, prompts, views=None, *, mask=None, frame_ids=None):  # as CausalWanTransformer.forward
+        if views is None:
+            return plain(xt, timestep, prompts, mask=mask, frame_ids=frame_ids)
+        like = torch.empty(xt.shape[:2], dtype=transformer.dtype, device=transformer.device)
+        grid = (xt.shape[-2] // patch_height, xt.shape[-1] // patch_width)
+        rotations = transformer.rotations(*grid, like, views)
+        _now.read = lambda q, k, v, layer: parts[layer].read(q, k, v, layer, rotations, views)
+        try:
+            return compiled(xt, timestep, [prompt_rows(prompts, layer) for layer in range(len(parts))])
+        finally:
+            del _now.read  # it holds a stream's memory
 
-        return forward
-
-    for block in transformer.blocks:
-        block.forward = in_pieces(block)
-    transformer.embed, transformer.predict = compiled(transformer.embed), compiled(transformer.predict)
+    transformer.forward = forward
     return transformer
 
 
-def before_cache(block: Block, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B, F, P, D] -> queries, keys and values [B, L, n, d] of this layer."""
-    y = modulate(F.layer_norm(x, x.shape[-1:], eps=block.eps), shift, scale)
-    return block.self_attn.project(y.flatten(1, 2))
+class _PlainBlock:
+    """A block in three parts, as ``Int8Block`` has them."""
 
+    def __init__(self, block: Block) -> None:
+        self.block = block
 
-def after_cache(
-    block: Block, x: Tensor, seen: Tensor, k: Tensor, v: Tensor, gate1: Tensor, shift: Tensor, scale: Tensor,
-    gate2: Tensor,
-) -> Tensor:  # fmt: skip
-    """What was ``seen`` [B, L, D] is added, then the prompt (k, v [B or 1, text_len, n, d]), then the feed-forward."""
-    x = torch.addcmul(x, block.self_attn.o(seen).view_as(x), gate1)
-    x = x + block.cross_attn(block.norm3(x).flatten(1, 2), k, v).view_as(x)
-    y = modulate(F.layer_norm(x, x.shape[-1:], eps=block.eps), shift, scale)
-    return torch.addcmul(x, block.ffn[2](linear_gelu(y, block.ffn[0])), gate2)
+    def before_cache(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, F, P, D], time [B, F, 6, D] -> queries, keys and values [B, L, n, d] of this layer."""
+        shift, scale = self._modulation(time)[:2]
+        y = modulate(F.layer_norm(x, x.shape[-1:], eps=self.block.eps), shift, scale)
+        return self.block.self_attn.project(y.flatten(1, 2))
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, layer: int, rotations: Rotations, views: Sequence) -> Tensor:
+        """What ``before_cache`` gave, rotated and written -> what each token read, [B, L, D]."""
+        return self.block.self_attn.read(q, k, v, layer, rotations, views, None)
+
+    def after_cache(self, x: Tensor, time: Tensor, seen: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What was ``seen`` [B, L, D] is added, then the prompt (k, v as in ``attend``), then the feed-forward."""
+        block, (gate1, shift, scale, gate2) = self.block, self._modulation(time)[2:]
+        x = torch.addcmul(x, block.self_attn.o(seen).view_as(x), gate1)
+        x = x + block.cross_attn(block.norm3(x).flatten(1, 2), k, v).view_as(x)
+        y = modulate(F.layer_norm(x, x.shape[-1:], eps=block.eps), shift, scale)
+        return torch.addcmul(x, block.ffn[2](linear_gelu(y, block.ffn[0])), gate2)
+
+    def _modulation(self, time: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate, twice, [B, F, 1, D]."""
+        return (self.block.modulation + time).unsqueeze(3).unbind(2)
 
 
 def is_compiled(transformer: CausalWanTransformer) -> bool:
     """Whether ``compile_blocks`` was here."""
-    return any("forward" in vars(block) for block in transformer.blocks)
+    return "forward" in vars(transformer)
 
 
 def has_compiler() -> bool:

@@ -66,7 +66,7 @@ def linear_gelu(x: Tensor, linear: nn.Linear) -> Tensor:
 
 
 def define_opaque(name: str, arguments: str, compute: Callable[..., Tensor], like: Callable[..., Tensor]) -> None:
-    """An operation ``torch.ops.streamdiff.<name>`` that a compiled graph calls on a CPU without looking inside.
+    """An operation ``torch.ops.streamdiff.<name>`` that a compiled graph calls without looking inside.
 
     Args:
         arguments: their declaration, for instance ``Tensor x, SymInt width``.
@@ -74,7 +74,7 @@ def define_opaque(name: str, arguments: str, compute: Callable[..., Tensor], lik
         like: from the same arguments, an empty tensor of the result's shape and number type.
     """
     torch.library.define(f"streamdiff::{name}", f"({arguments}) -> Tensor")
-    torch.library.impl(f"streamdiff::{name}", "CPU", compute)
+    torch.library.impl(f"streamdiff::{name}", "default", compute)
     torch.library.register_fake(f"streamdiff::{name}", like)
 
 

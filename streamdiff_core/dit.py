@@ -220,10 +220,10 @@ class CausalWanTransformer(nn.Module):
         frame_ids: Tensor | None = None,
     ) -> Tokens:
         """Middle part: the blocks this module holds (all of them, or one stage's); ``grid`` is (rows, columns)."""
-        rotations = self._rotations(*grid, tokens.x, views, frame_ids)
+        rotations = self.rotations(*grid, tokens.x, views, frame_ids)
         x = tokens.x
         for layer, block in enumerate(self.blocks):
-            x = block(x, tokens.time6, layer, _prompt_rows(prompts, layer), rotations, views, mask)
+            x = block(x, tokens.time6, layer, prompt_rows(prompts, layer), rotations, views, mask)
         return Tokens(x.to(tokens.x.dtype), tokens.time, tokens.time6)
 
     def predict(self, tokens: Tokens, xt: Tensor, timestep: Tensor) -> Tensor:
@@ -259,8 +259,8 @@ class CausalWanTransformer(nn.Module):
         x0 = x0 * (1 - motion + motion * motion_presence(xt, motion, sigma))
         return (xt - x0) / sigma.clamp_min(1e-3)
 
-    def _rotations(
-        self, rows: int, cols: int, x: Tensor, views: Sequence[CacheView] | None, frame_ids: Tensor | None
+    def rotations(
+        self, rows: int, cols: int, x: Tensor, views: Sequence[CacheView] | None, frame_ids: Tensor | None = None
     ) -> Rotations:
         """RoPE multipliers of this forward; keys get their temporal part from the cache when there is one."""
         columns, like = self.config.rope_columns, (x.dtype, x.device)
@@ -276,7 +276,7 @@ class CausalWanTransformer(nn.Module):
         return Rotations(query=full, key=full if views is None else spatial.repeat(f, 1))
 
 
-def _prompt_rows(prompts: PromptContext | Sequence[PromptContext], layer: int) -> tuple[Tensor, Tensor]:
+def prompt_rows(prompts: PromptContext | Sequence[PromptContext], layer: int) -> tuple[Tensor, Tensor]:
     """Keys and values of one layer: [1, …] when all rows share a prompt, else [B, …]."""
     if isinstance(prompts, PromptContext):
         return prompts.keys[layer], prompts.values[layer]

@@ -34,8 +34,8 @@ def run(pipe, frames=FRAMES):
     return latents, stream(session, frames)
 
 
-def test_pieces_are_compiled_once_for_all_layers_and_never_in_mid_stream():
-    """The backend gets each piece once per shape of a batch: the first chunk's, then the steady one's."""
+def test_a_forward_is_compiled_once_per_shape_and_never_in_mid_stream():
+    """The backend gets one graph per shape of a batch: the first chunk's, then the steady one's."""
     graphs = []
 
     def backend(graph, inputs):
@@ -49,10 +49,19 @@ def test_pieces_are_compiled_once_for_all_layers_and_never_in_mid_stream():
     assert len(short[0]) == 3 and graphs
     seen = len(graphs)
     got = run(pipe)
-    assert len(graphs) == seen <= 4 * 3, "four pieces; first chunk, two rows, and the last row alone"
+    assert len(graphs) == seen <= 3, "first chunk, two rows, and the last row alone"
     assert not counters["graph_break"]
+    assert not vars(compiled._now), "a stream's memory is not held between forwards"
     for a, b in zip(got[0], eager[0], strict=True):
         assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_without_a_cache_nothing_is_compiled():
+    model = random_pipeline(RANDOM_PRESET).transformer
+    xt, prompt = torch.randn(1, 2, model.config.in_channels, 8, 8), model.encode_prompt(torch.randn(1, 4, 16))
+    with torch.inference_mode():
+        before = model(xt, torch.full((1, 2), 300.0), prompt)
+        assert torch.equal(compile_blocks(model, backend="eager")(xt, torch.full((1, 2), 300.0), prompt), before)
 
 
 @pytest.mark.slow

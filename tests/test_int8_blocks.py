@@ -112,7 +112,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(rounded):
 
 
 @needs_vnni
-def test_compiled_pieces_serve_all_blocks_and_give_the_same(rounded):
+def test_compiled_gives_the_same(rounded):
     """A number that a graph took from the first block, a step or a layer, would be an error of tens of percent."""
     torch._dynamo.reset()
     graphs = []
@@ -123,7 +123,7 @@ def test_compiled_pieces_serve_all_blocks_and_give_the_same(rounded):
 
     before = stream(rounded, [0, 1])
     after = stream(compile_blocks(rounded, backend=backend), [0, 1])
-    assert len(graphs) == 4, "what comes before, between and after the blocks' reads"
+    assert len(graphs) == 1
     for got, want in zip(after, before, strict=True):
         assert_close(got, want, rtol=0, atol=1e-2 * float(want.abs().max()))
 
