@@ -74,7 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", parents=[common, model], help="serve streams to programs (WebSocket)"))
     doctor = commands.add_parser("doctor", parents=[common], help="check this installation and machine")
     doctor.set_defaults(command="doctor")
-    _add_embed(commands.add_parser("embed", parents=[common], help="compute prompts' embeddings ahead of time (umT5)"))
+    _add_embed(
+        commands.add_parser(
+            "embed", parents=[common], help="compute prompts' embeddings ahead of time (umT5)", epilog=EMBED_NOTES
+        )
+    )
     presets = commands.add_parser("presets", parents=[common], help="list the presets")
     presets.set_defaults(command="presets")
     return parser
@@ -169,6 +173,14 @@ def _add_bench(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-eager", action="store_true", help="leave out the comparison with float32 eager")
     p.add_argument("--report", nargs="?", const="", metavar="PATH",
                    help="write Markdown (default benchmarks/results/PRESET_HARDWARE_YYYYMM.md)")  # fmt: skip
+
+
+EMBED_NOTES = (
+    "Needs the extra wan and, once, 11 GB of downloads and of memory. Each prompt is kept in ~/.cache/streamdiff/prompts. "
+    "For a machine without umT5 write all into one file with -o and put it there as "
+    "streamdiff_core/assets/umt5/prompts.safetensors, which is looked up first. Prompts found in neither go through "
+    "umT5 when they are used."
+)
 
 
 def _add_embed(p: argparse.ArgumentParser) -> None:

@@ -43,8 +43,10 @@ def read_prompts(path: Path) -> list[str]:
     """Prompts of a text file, one a line, or of a JSON list of objects with a ``prompt``.
 
     Raises:
-        ValueError: JSON of another form.
+        ValueError: no such file, or JSON of another form.
     """
+    if not path.is_file():
+        raise ValueError(f"there is no file of prompts at {path}; name one, a prompt a line")
     text = path.read_text("utf-8")
     if path.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]

@@ -135,7 +135,13 @@ def text_encoder(preset: Preset, device: torch.device) -> UMT5Encoder:
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         base = preset.source.base
-        _fetch(base, TEXT_FOLDERS)
+        try:
+            _fetch(base, TEXT_FOLDERS)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"this prompt's embedding is neither in {SHIPPED} nor in {EMBEDDINGS}, and umT5 is not to be had: "
+                f"{error}. Elsewhere `streamdiff embed PROMPT -o prompts.safetensors` makes the first of these files"
+            ) from error
         tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer")
         return tokenizer, UMT5EncoderModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.bfloat16)
 

@@ -12,6 +12,7 @@ from streamdiff_core import full_size
 from streamdiff_core.cli import main
 from streamdiff_core.cli_embed import read_prompts
 from streamdiff_core.config import get_preset
+from streamdiff_core.types import CheckpointError
 
 transformers = pytest.importorskip("transformers", reason="umT5 comes through transformers (extra wan)")
 pytest.importorskip("ftfy", reason="umT5 prompts are cleaned with ftfy (extra wan)")
@@ -59,6 +60,7 @@ def test_json_and_second_call(loads, capsys):
         (["x", "--preset", "tiny"], "'tiny' has a text encoder of its own"),
         ([], "name at least one prompt"),
         (["--file", "pyproject.json"], "no list of"),
+        (["--file", "prompts.txt"], "there is no file of prompts at prompts.txt"),
     ],
 )
 def test_wrong_use_is_said(loads, tmp_path, monkeypatch, capsys, arguments, says):
@@ -71,3 +73,23 @@ def test_wrong_use_is_said(loads, tmp_path, monkeypatch, capsys, arguments, says
 def test_prompts_from_a_text_file(tmp_path):
     (tmp_path / "prompts.txt").write_text("one\n\n  two words \n", "utf-8")
     assert read_prompts(tmp_path / "prompts.txt") == ["one", "two words"]
+
+
+def test_help_says_where_embeddings_are_looked_up(capsys):
+    with pytest.raises(SystemExit):
+        main(["embed", "--help"])
+    text = "".join(capsys.readouterr().out.split())
+    assert full_size.SHIPPED.relative_to(Path(full_size.__file__).parent.parent).as_posix() in text
+    assert "~/" + full_size.EMBEDDINGS.relative_to(Path.home()).as_posix() in text
+
+
+def test_without_embedding_and_hub_both_places_and_the_command_are_named(loads, tmp_path, monkeypatch, capsys):
+    def refuse(repo, names):
+        raise CheckpointError("the hub did not give it")
+
+    monkeypatch.setattr(full_size, "_fetch", refuse)
+    assert main(["embed", "a red boat"]) == 1
+    said = capsys.readouterr().err
+    for part in (full_size.SHIPPED, full_size.EMBEDDINGS, "the hub did not give it", "streamdiff embed PROMPT -o"):
+        assert str(part) in said
+    assert len(said.splitlines()) == 1
