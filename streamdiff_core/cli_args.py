@@ -176,7 +176,7 @@ def _add_bench(p: argparse.ArgumentParser) -> None:
 
 
 EMBED_NOTES = (
-    "Needs the extra wan and, once, 11 GB of downloads and of memory. Each prompt is kept in ~/.cache/streamdiff/prompts. "
+    "Needs the extra wan and, once, 11 GB of downloads and memory. Each prompt is kept in ~/.cache/streamdiff/prompts. "
     "For a machine without umT5 write all into one file with -o and put it there as "
     "streamdiff_core/assets/umt5/prompts.safetensors, which is looked up first. Prompts found in neither go through "
     "umT5 when they are used."
