@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from streamdiff_core import compiled
-from streamdiff_core.compiled import compile_blocks, has_compiler
+from streamdiff_core.compiled import compile_blocks, has_compiler, is_compiled
 from streamdiff_core.int8_blocks import has_int8
 from streamdiff_core.metrics import psnr
 from streamdiff_core.pipeline import StreamPipeline
@@ -58,10 +58,14 @@ def test_a_forward_is_compiled_once_per_shape_and_never_in_mid_stream():
 
 def test_without_a_cache_nothing_is_compiled():
     model = random_pipeline(RANDOM_PRESET).transformer
-    xt, prompt = torch.randn(1, 2, model.config.in_channels, 8, 8), model.encode_prompt(torch.randn(1, 4, 16))
+    prompt = model.encode_prompt(torch.randn(1, 4, 16))
+    inputs = torch.randn(1, 2, model.config.in_channels, 8, 8), torch.full((1, 2), 300.0), prompt
+    options = {"mask": torch.ones(32, 32, dtype=torch.bool).tril(), "frame_ids": torch.tensor([[3, 9]])}
+    assert not is_compiled(model)
     with torch.inference_mode():
-        before = model(xt, torch.full((1, 2), 300.0), prompt)
-        assert torch.equal(compile_blocks(model, backend="eager")(xt, torch.full((1, 2), 300.0), prompt), before)
+        before = model(*inputs, **options)
+        assert is_compiled(compile_blocks(model, backend="eager"))
+        assert torch.equal(model(*inputs, **options), before)
 
 
 @pytest.mark.slow
