@@ -196,7 +196,10 @@ def count_chunk_flops(session: StreamSession, frames: np.ndarray) -> dict[str, i
     extra = {kernel: flops for kernel, flops in found.items() if kernel is not None}
 
     def counted(run: Callable[..., Any], *args: Any) -> tuple[Any, int]:
-        with FlopCounterMode(display=False, custom_mapping=extra) as counter:
+        with (
+            torch.compiler.set_stance("force_eager"),  # compiled code hides the products it calls
+            FlopCounterMode(display=False, custom_mapping=extra) as counter,
+        ):
             result = run(*args)
         return result, counter.get_total_flops()
 

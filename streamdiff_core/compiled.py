@@ -46,8 +46,9 @@ def compile_blocks(transformer: CausalWanTransformer, backend: str | Callable = 
     def around_cache(xt: Tensor, timestep: Tensor, prompts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         tokens = transformer.embed(xt, timestep)
         x = tokens.x
+        read = torch.ops.streamdiff.read_cache if torch.compiler.is_compiling() else _now.read
         for layer, (part, prompt) in enumerate(zip(parts, prompts, strict=True)):
-            seen = torch.ops.streamdiff.read_cache(*part.before_cache(x, tokens.time6), layer)
+            seen = read(*part.before_cache(x, tokens.time6), layer)
             x = part.after_cache(x, tokens.time6, seen, *prompt)
         return transformer.predict(Tokens(x.to(tokens.x.dtype), tokens.time, tokens.time6), xt, timestep)
 

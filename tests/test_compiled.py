@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from streamdiff_core import compiled
+from streamdiff_core.bench import count_chunk_flops
 from streamdiff_core.compiled import compile_blocks, has_compiler, is_compiled
 from streamdiff_core.int8_blocks import has_int8
 from streamdiff_core.metrics import psnr
@@ -56,6 +57,18 @@ def test_a_forward_is_compiled_once_per_shape_and_never_in_mid_stream():
         assert_close(a, b, rtol=0, atol=1e-9)
 
 
+def test_the_benchmark_counts_the_same_products():
+    counted = []
+    for compile in (False, True):
+        pipe = random_pipeline(RANDOM_PRESET)
+        if compile:
+            compile_blocks(pipe.transformer, backend="aot_eager")
+        session = pipe.start("pencil", steps=2)
+        session.push(FRAMES[:13])
+        counted.append(count_chunk_flops(session, FRAMES[13:17]))
+    assert counted[0] == counted[1]
+
+
 def test_without_a_cache_nothing_is_compiled():
     model = random_pipeline(RANDOM_PRESET).transformer
     prompt = model.encode_prompt(torch.randn(1, 4, 16))
@@ -100,3 +113,4 @@ def test_compiled_bundled_model_looks_the_same(quantisation):
         return stream(pipe.start("glowing neon outlines on black", seed=1, width=128, height=128), clip)
 
     assert 48 < psnr(restyled(True), restyled(False)) < 100
+    assert counters["stats"]["unique_graphs"] <= 3, "nothing inside the reads is compiled as well"
