@@ -23,6 +23,7 @@ from torch import Tensor
 
 from streamdiff_core.attention import PromptContext
 from streamdiff_core.config import SteadyConfig
+from streamdiff_core.deblock import deblock_
 from streamdiff_core.denoiser import Denoiser
 from streamdiff_core.device_streams import InTurn, StageStreams
 from streamdiff_core.flow import select_steps, spaced_steps
@@ -344,7 +345,7 @@ class StreamSession:
         source = self._sources.pop(denoised.chunk_idx, None)
         with self._streams.stage("decode", denoised.latents, *([] if source is None else [source])):
             with self.timer.stage("decode", denoised.chunk_idx):
-                pixels = self._decode(denoised)
+                pixels = deblock_(self._decode(denoised), self.pipe.preset.seams)
                 if source is None:
                     self._steady_state = SteadyState()
                 else:

@@ -54,6 +54,18 @@ def test_prompt_gives_its_own_style(pipe, clip, targets, style):
         assert psnr(output, targets[style]) > psnr(clip, targets[style]) + 3
 
 
+@pytest.mark.parametrize("style", ["oil", "watercolour"])
+def test_flat_ground_shows_no_grid(pipe, clip, style):
+    """Steps across the edges of 16-pixel tokens against those inside, both of at most 8 levels; 1.7 as decoded."""
+    grey = restyle(pipe, clip, DEFAULT_PROMPTS[style]).mean(-1)
+    ratios = []
+    for axis in (1, 2):
+        steps = np.moveaxis(np.abs(np.diff(grey, axis=axis)), axis, -1)
+        at_edges, inside = steps[..., 15::16], np.delete(steps, np.s_[7::8], axis=-1)
+        ratios.append(at_edges[at_edges < 8].mean() / inside[inside < 8].mean())
+    assert np.mean(ratios) < 1.35
+
+
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 def test_every_schedule_gives_the_style(pipe, clip, targets, schedule):
     """Also the rolling window, whose mixed noise levels these weights never saw: softer and more garish, but oil."""
