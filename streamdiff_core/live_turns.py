@@ -39,6 +39,10 @@ logger = logging.getLogger(__name__)
 ONLY_STEPS = PlannerOptions(degrade=("steps",))
 """Live streams are degraded by steps only: longer chunks and fewer frames would need another inbox."""
 NO_COST = Line(1e-3, 1e-6)
+MAX_LANES = 8
+"""More streams than this hardly come together; every lane is tried out with a stream of its own at the start."""
+LIVE_CHUNK_MS = 1000.0
+"""A model that takes longer for a chunk serves nobody live on this machine, side by side or not."""
 
 
 class Turns:
@@ -65,13 +69,11 @@ class Turns:
 
     def learn(self, pipe: StreamPipeline) -> float:
         """Time streams of grey frames, which also warms the model up; milliseconds of one chunk of one stream."""
-        num_lanes = count_lanes(pipe)
-        if num_lanes > 1 and self._lanes is None:
-            self._lanes = Lanes(num_lanes)
         self.options = replace(self.options, temporal_stride=pipe.preset.vae.temporal_stride)
         calls, chunk_ms = self._time_chunks(pipe)
-        lane = None
+        num_lanes, lane = count_lanes(pipe) if chunk_ms < LIVE_CHUNK_MS else 1, None
         if num_lanes > 1:
+            self._lanes = self._lanes or Lanes(num_lanes)
             timed = self._lanes.run([lambda: self._time_chunks(pipe)] * num_lanes)
             lane = learned_model(pipe, [call for its_calls, _ in timed for call in its_calls])
         self.model = learned_model(pipe, calls, lane=lane, num_lanes=num_lanes)
@@ -172,7 +174,7 @@ class Turns:
 def count_lanes(pipe: StreamPipeline) -> int:
     """Streams that can run side by side, a core each: on a CPU, where the forwards are PyTorch's own."""
     is_plain = type(pipe.engine) is Engine and not is_compiled(pipe.transformer)  # compiled code counts its threads
-    return torch.get_num_threads() if pipe.device.type == "cpu" and is_plain else 1
+    return min(MAX_LANES, torch.get_num_threads()) if pipe.device.type == "cpu" and is_plain else 1
 
 
 def learned_model(pipe: StreamPipeline, calls: Sequence[tuple[str, int, int, float]], **lanes: Any) -> LatencyModel:
