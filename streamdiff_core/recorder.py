@@ -15,7 +15,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,7 @@ class Recorder:
         self._video = VideoWriter(folder / VIDEO_NAME, fps)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="streamdiff-record")
         self._jobs: list[Future[Any]] = []
+        self._error: BaseException | None = None
 
     @property
     def seconds(self) -> float:
@@ -136,11 +137,17 @@ class Recorder:
 
     def add_output(self, before: np.ndarray, after: np.ndarray) -> None:
         """Frames that came out, uint8 [T, H, W, 3], and those they were made from."""
-        self._jobs = [job for job in self._jobs if not job.done()]
         if len(self._jobs) >= MAX_WAITING:
-            self._jobs[0].result()
+            wait(self._jobs[:1])
+        self._forget_written()
         picture = side_by_side(before, after) if self._with_input else after
         self._jobs.append(self._thread.submit(self._video.write, picture))
+
+    def _forget_written(self) -> None:
+        """Keep the first error: a video that lacks frames is none."""
+        for job in [job for job in self._jobs if job.done()]:
+            self._error = self._error or job.exception()
+            self._jobs.remove(job)
 
     def add_prompt(self, prompt: Prompt, on_switch: str) -> None:
         """A prompt that takes effect with the next frame."""
@@ -156,6 +163,9 @@ class Recorder:
 
         def work() -> None:
             try:
+                self._forget_written()
+                if self._error is not None:
+                    raise self._error
                 result = self._complete()
             except Exception:
                 logger.exception("a recording could not be completed")

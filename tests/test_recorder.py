@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import zipfile
 from pathlib import Path
 
@@ -244,3 +245,22 @@ def test_size_limit(pipe, tmp_path, monkeypatch):
     assert recorder.limit is None
     recorder.add_input([LiveFrame(1, CAMERA[1], long_jpeg, 0.1)])
     assert recorder.limit == "1 MB" and recorder.nbytes == len(JPEGS[0]) + len(long_jpeg)
+
+
+def test_a_recording_that_lacks_frames_is_none(pipe, tmp_path, monkeypatch):
+    """A full disk, say: the first write fails, later ones do not."""
+    (tmp_path / "x").mkdir()
+    recorder = Recorder(tmp_path / "x", pipe, "ink", pipe.start("ink").options, fps=16)
+    writes = iter([OSError("no space left on device"), None, None])
+
+    def write(_):
+        if (error := next(writes)) is not None:
+            raise error
+
+    monkeypatch.setattr(recorder._video, "write", write)
+    recorder.add_input([LiveFrame(i, CAMERA[i], JPEGS[i], 0.1 * i) for i in range(3)])
+    for i in range(3):
+        recorder.add_output(CAMERA[i : i + 1], CAMERA[i : i + 1])
+    told, done = [], threading.Event()
+    recorder.finish(lambda result: (told.append(result), done.set()))
+    assert done.wait(20) and told == [None]
