@@ -162,7 +162,7 @@ def test_lanes_serve_more_and_are_learned():
         ("given up", hopeless, lambda: LatencyModel(stages, lane=LatencyModel(stages), num_lanes=2)),
     ):
         world = World(true_model=model, prior=prior, options=options, admission=None)
-        fps[name] = simulate(viewers, world, 40.0).fps
+        fps[name] = simulate(viewers, world, 12.0).fps
     assert fps["lanes"] > 1.4 * fps["together"] == pytest.approx(1.4 * fps["slow lanes"], rel=0.02)
     assert fps["learned"] == pytest.approx(fps["lanes"], rel=0.05)
     assert fps["given up"] == pytest.approx(fps["together"], rel=0.05)
