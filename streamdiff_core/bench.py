@@ -23,7 +23,7 @@ from streamdiff_core.bench_frames import FrameLoop, source_frames
 from streamdiff_core.compiled import compile_blocks
 from streamdiff_core.config import PRESETS
 from streamdiff_core.cuda_graphs import record_forwards
-from streamdiff_core.device_streams import can_overlap
+from streamdiff_core.device_streams import check_overlap
 from streamdiff_core.forecast import CHUNK_FRAMES, SIZES, forecast, machine_of, predictions, work_of
 from streamdiff_core.machine import machine_facts, peak_memory_bytes, source_commit
 from streamdiff_core.memory_need import memory_need
@@ -280,5 +280,7 @@ def load_pipeline(options: BenchOptions) -> StreamPipeline:
         compile_blocks(pipe.transformer)
     if options.cuda_graphs:
         record_forwards(pipe.transformer)
-    pipe.overlap_stages = options.overlap_stages and can_overlap(pipe.device)
+    if options.overlap_stages:
+        check_overlap(pipe.device)
+    pipe.overlap_stages = options.overlap_stages
     return pipe

@@ -15,9 +15,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from streamdiff_core.config import SeamConfig
-
-LEVELS = 127.5
-"""Grey levels per unit of a picture in [-1, 1]."""
+from streamdiff_core.types import LEVELS
 
 
 def deblock_(video: Tensor, seams: Iterable[SeamConfig]) -> Tensor:

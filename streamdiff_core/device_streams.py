@@ -77,12 +77,11 @@ class StageStreams(InTurn):
         return wait
 
 
-def can_overlap(device: torch.device) -> bool:
-    """True.
+def check_overlap(device: torch.device) -> None:
+    """Whether stages can overlap on a device.
 
     Raises:
         ValueError: no GPU.
     """
     if device.type != "cuda":
         raise ValueError(f"stages overlap on a GPU, the model is on {device}; leave out --overlap-stages")
-    return True

@@ -24,7 +24,7 @@ from streamdiff_core.attention_choice import rank_backends
 from streamdiff_core.compiled import compile_blocks
 from streamdiff_core.config import CacheConfig, Preset, get_preset
 from streamdiff_core.cuda_graphs import record_forwards
-from streamdiff_core.device_streams import can_overlap
+from streamdiff_core.device_streams import check_overlap
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.engine import Engine
 from streamdiff_core.full_size import load_modules
@@ -116,7 +116,9 @@ class StreamPipeline:
             compile_blocks(pipe.transformer)
         if cuda_graphs:
             record_forwards(pipe.transformer)
-        pipe.overlap_stages = overlap_stages and can_overlap(pipe.device)
+        if overlap_stages:
+            check_overlap(pipe.device)
+        pipe.overlap_stages = overlap_stages
         return pipe
 
     @classmethod

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from streamdiff_core.config import SteadyConfig
-
-LEVELS = 127.5
-"""Grey levels per unit of a picture in [-1, 1]."""
+from streamdiff_core.types import LEVELS
 
 
 @dataclass(slots=True)

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LEVELS = 127.5
+"""Grey levels per unit of a picture in [-1, 1]."""
+
+
 class StreamClosedError(RuntimeError):
     """A closed session was used."""
 
