@@ -28,6 +28,7 @@ from streamdiff_core.device_streams import check_overlap
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.engine import Engine
 from streamdiff_core.full_size import load_modules
+from streamdiff_core.host_memory import keep_freed_memory
 from streamdiff_core.int8_blocks import RANGES_FILE, Int8Ranges, use_int8
 from streamdiff_core.lora import merge_lora
 from streamdiff_core.memory_need import PROMPT_BYTES
@@ -66,6 +67,8 @@ class StreamPipeline:
         self._has_chosen_layout = False
         self._prompts: OrderedDict[tuple[tuple[str, float], ...], PromptContext] = OrderedDict()
         self._prompts_lock = threading.Lock()
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     @classmethod
     def from_preset(
