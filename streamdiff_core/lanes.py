@@ -2,14 +2,15 @@
 
 A second core does not halve a chunk. Each of its operations waits for the slower thread, and Python, small operations
 and much of the VAE leave it idle. Two streams side by side, a core each, fill it: one's decoding runs beside the
-other's transformer. The ``planner`` decides when that is faster (``LatencyModel.lane`` knows what it costs).
+other's transformer. A lane that is done goes on without waiting for the others. The ``planner`` decides when lanes are
+faster (``LatencyModel.lane`` knows what they cost).
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -39,9 +40,13 @@ class Lanes:
             future.result()
         torch.set_num_threads(num_threads)  # the latest call, in whatever thread, also is the default of new threads
 
+    def start(self, job: Callable[[], Result]) -> Future[Result]:
+        """Begin a job in a free lane, or as soon as there is one."""
+        return self._threads.submit(job)
+
     def run(self, jobs: Sequence[Callable[[], Result]]) -> list[Result]:
         """Result of each job, at most ``count`` at a time; the first error once all have ended."""
-        futures = [self._threads.submit(job) for job in jobs]
+        futures = [self.start(job) for job in jobs]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
             raise errors[0]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from streamdiff_core.admission import AdmissionOptions
@@ -62,6 +62,7 @@ class LiveEngine:
     ) -> None:
         self.max_streams, self.idle_s, self.lifetime_s, self.stuck_s = max_streams, idle_s, lifetime_s, stuck_s
         self.turns = turns or Turns(clock=clock)
+        self.turns.on_lane_done = self.wake
         self.line = Line(max_streams, admission, clock=clock)
         self.totals = dict.fromkeys(("streams", "refused", "frames_in", "frames_out", "dropped", "late", "errors"), 0)
         """Counts of the streams that have left."""
@@ -75,11 +76,10 @@ class LiveEngine:
         self._streams: list[LiveStream] = []
         self._failures = Failures(self._streams, self.totals, self._give_up)
         self._idle_told: dict[LiveStream, float] = {}
-        self._serving: set[LiveStream] = set()
+        self._serving: dict[LiveStream, float] = {}  # since when (s)
         self._pause_work: PauseWork | None = None
         self._chunk_ms = 0.0
         self._has_news = self._is_draining = self._is_stopping = False
-        self._turn_began_s: float | None = None
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, name="streamdiff-watch", daemon=True).start()
         self._thread = threading.Thread(target=self._keep_running, name="streamdiff-model", daemon=True)
@@ -213,8 +213,13 @@ class LiveEngine:
     @property
     def is_stuck(self) -> bool:
         """Whether the model does not answer."""
-        began_s = self._turn_began_s
+        began_s = self._oldest_turn_s
         return began_s is not None and self._clock() - began_s > self.stuck_s
+
+    @property
+    def _oldest_turn_s(self) -> float | None:
+        """When the longest turn under way began."""
+        return min(list(self._serving.values()), default=None)
 
     def figures(self) -> dict[str, float]:
         """Counts since the start, streams inside included, and gauges of now."""
@@ -238,7 +243,7 @@ class LiveEngine:
     def _watch(self) -> None:
         told_s = None
         while not self._stopped.wait(min(1.0, self.stuck_s / 4)):
-            began_s = self._turn_began_s
+            began_s = self._oldest_turn_s
             if self.is_stuck and began_s != told_s:
                 told_s = began_s
                 logger.error("a turn of %d streams takes longer than %.0f s", len(self._serving), self.stuck_s)
@@ -254,7 +259,7 @@ class LiveEngine:
                 self._run()
             except BaseException:
                 logger.exception("the model's thread broke and is started again")
-                self._end_turn()
+                self._let_run_out()
                 self._failures.recover(self.pipe)
 
     def _run(self) -> None:
@@ -262,23 +267,68 @@ class LiveEngine:
         while not self._is_stopping:
             with self._changed:
                 self._has_news = False
+            for group, errors in self.turns.collect():
+                self._end_turn(group, errors)
+            with self._changed:
                 self.line.move_up(self._streams, self.turns, self.pipe)
                 streams = list(self._streams)
-            chores = [stream for stream in streams if stream.has_chores]
-            for stream in chores:
-                self._serve([stream], lambda s=stream: self._do_chores(s))
-            tick = self.turns.plan(streams)
-            if tick.serves:
-                self._serve([serve.stream_id for serve in tick.serves], lambda t=tick: self.turns.run(t))
-            elif not chores and self._pause_work is not None:
-                self._work(self._pause_work)
-            elif not chores:
-                with self._changed:
-                    if not self._has_news:
-                        self._changed.wait(TICK_S)
+            under_way = self.turns.under_way
+            chores = [stream for stream in streams if stream not in under_way and stream.has_chores]
+            if not under_way:
+                for stream in chores:
+                    self._begin_turn([stream])
+                    self._end_turn([stream], self._do_chores(stream))
+            did_something = bool(chores) and not under_way
+            if not (chores and under_way) and self.turns.can_begin(streams):  # chores wait until the lanes run out
+                did_something |= self._take_turn(streams)
+            if not did_something:
+                self._pause(is_idle=not under_way)
             self._check_times()
+        self._let_run_out()
         if self._pause_work is not None:
             self._pause_work.end()
+
+    def _pause(self, is_idle: bool) -> None:
+        """One step of what is done in pauses, or wait for news."""
+        if is_idle and self._pause_work is not None:
+            self._work(self._pause_work)
+            return
+        with self._changed:
+            if not self._has_news:
+                self._changed.wait(TICK_S)
+
+    def _take_turn(self, streams: Sequence[LiveStream]) -> bool:
+        """Run, or begin in lanes, what the planner says; False: nothing."""
+        tick = self.turns.plan(streams)
+        if not tick.serves:
+            return False
+        served = [serve.stream_id for serve in tick.serves]
+        self._begin_turn(served)
+        errors = self.turns.run(tick)
+        under_way = self.turns.under_way
+        self._end_turn([stream for stream in served if stream not in under_way], errors)
+        return True
+
+    def _begin_turn(self, streams: Sequence[LiveStream]) -> None:
+        """From now on the model works on these streams; who leaves meanwhile is freed afterwards."""
+        now_s = self._clock()
+        with self._changed:
+            self._serving |= {stream: now_s for stream in streams if not stream.is_closed}
+
+    def _end_turn(self, streams: Sequence[LiveStream], errors: Mapping[LiveStream, Exception]) -> None:
+        for stream, error in errors.items():
+            if not stream.is_closed:
+                self._failures.handle(stream, error, self.pipe)
+        with self._changed:
+            for stream in streams:
+                if self._serving.pop(stream, None) is not None and stream.is_closed:
+                    stream.free()
+                    stream.recordings.release()  # one may have begun while it left
+
+    def _let_run_out(self) -> None:
+        """End all turns, whatever came out of them."""
+        self.turns.let_run_out()
+        self._end_turn(list(self._serving), {})
 
     def _work(self, work: PauseWork) -> None:
         """One step of what is done in pauses."""
@@ -287,28 +337,6 @@ class LiveEngine:
         with self._changed:
             if work.done.is_set() and self._pause_work is work:
                 self._pause_work = None
-
-    def _serve(self, streams: list[LiveStream], run: Callable[[], Mapping[LiveStream, Exception]]) -> None:
-        """Use the model for these streams; who leaves meanwhile is freed afterwards."""
-        with self._changed:
-            self._serving = {stream for stream in streams if not stream.is_closed}
-        self._turn_began_s = self._clock()
-        try:
-            errors = run()
-        finally:
-            self._turn_began_s = None
-        for stream, error in errors.items():
-            if not stream.is_closed:
-                self._failures.handle(stream, error, self.pipe)
-        self._end_turn()
-
-    def _end_turn(self) -> None:
-        with self._changed:
-            served, self._serving = self._serving, set()
-            for stream in served:
-                if stream.is_closed:
-                    stream.free()
-                    stream.recordings.release()  # one may have begun while it left
 
     def _prepare(self) -> None:
         """Load the model and time one chunk, which also warms it up."""

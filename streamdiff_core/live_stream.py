@@ -207,23 +207,30 @@ class LiveStream:
         if not self.is_closed and self._outbox.has_room and len(self.inbox) >= self.frames_wanted:
             yield from self._run_chunk()
 
-    def view(self, now_s: float) -> StreamView | None:
-        """What a planner should know; None before it began and while nothing comes."""
+    def view(self, now_s: float, *, is_under_way: bool = False) -> StreamView | None:
+        """What a planner should know; None before it began and while nothing comes.
+
+        Of a stream that another thread works on only what it costs is told.
+        """
         if self.session is None or self.is_closed:
             return None
+        if is_under_way:
+            return self._asked_view()
         has_chunk = self._outbox.has_room and len(self.inbox) >= self.frames_wanted
         if not has_chunk and now_s - self.inbox.last_arrival_s > PAUSE_S:
             return None
-        view = self.promised_view()
-        interval_s = self.inbox.source_interval_s
         return replace(
-            view,
-            fps=min(view.fps, 1 / interval_s) if interval_s else view.fps,
+            self._asked_view(),
             arrivals_s=self.inbox.waiting_s if has_chunk else (),
             in_flight_s=self._output.in_flight_s,
             is_fresh=self._is_fresh,
             served_s=self.last_turn_s or self.opened_s,
         )
+
+    def _asked_view(self) -> StreamView:
+        """What it costs at the pace its frames really come."""
+        view, interval_s = self.promised_view(), self.inbox.source_interval_s
+        return replace(view, fps=min(view.fps, 1 / interval_s) if interval_s else view.fps)
 
     def promised_view(self) -> StreamView | None:
         """What it costs when it uses all it was promised; None before it began."""

@@ -5,7 +5,8 @@ Two decisions, both pure functions of what is known now. `choose_level`: how muc
 urgent streams that are ready, as many as can be finished before the first of them is late. With costs that are
 affine in the rows and equal steps this prefix rule is optimal: where any order of batches keeps all deadlines, it
 does (a stream of a later batch moves forward without making anything later). It never waits while one is ready.
-On several cores a tick runs in joint forwards on all of them, or each stream on a core (``lanes``): what is faster.
+On several cores a tick runs in joint forwards on all of them, or its streams side by side (``lanes``): what is faster.
+Lanes do not wait for each other: while some work, a tick is planned for one that is free.
 
 Loop of an engine, where `state` starts as ``PlannerState()`` and `model` as a ``LatencyModel``:
 
@@ -52,6 +53,8 @@ def plan(
     state: PlannerState,
     now_s: float,
     options: PlannerOptions = PlannerOptions(),  # noqa: B008 (frozen)
+    *,
+    num_busy: int = 0,
 ) -> Tick:
     """The next tick: the longest run of most urgent ready streams that finishes before the first is late.
 
@@ -59,9 +62,16 @@ def plan(
     A stream that is late whatever happens does not hold the others back; it is served in its turn and its late
     frames are given up where newer ones wait. Urgency counts from the oldest waiting frame, or from the last
     service where that is earlier, so that no stream is passed over for long.
+
+    Args:
+        streams: all; of those under way nothing that waits is said.
+        num_busy: lanes that work. The tick is for one of the others, with its share of what is ready; empty where all
+            cores together would serve these streams better, so that the lanes run out.
     """
     state, setting = choose_level(streams, model, state, now_s, options)
     ready = sorted((s for s in streams if is_ready(s, setting, options)), key=lambda s: urgency_of(s, setting, options))
+    ready = ready[: _share_of_a_lane(len(ready), streams, model, setting, options, num_busy)]
+    everything, model = model, model.lane if num_busy else model
     arriving = [s for s in streams if s.is_fresh and s.arrivals_s and not is_ready(s, setting, options)]
     chosen: list[tuple[StreamView, Serve]] = []
     num_rows, first_due_s = 0, math.inf
@@ -81,7 +91,7 @@ def plan(
     chosen = _even(chosen, model)
     end_s = now_s + tick_ms([serve for _, serve in chosen], model) / 1e3
     serves = tuple(_drop_late(stream, serve, setting, end_s, options) for stream, serve in chosen)
-    return _tick(streams, serves, setting, state, model, options)
+    return _tick(streams, serves, setting, state, everything, model, options)
 
 
 def plan_fifo(
@@ -90,17 +100,20 @@ def plan_fifo(
     state: PlannerState,
     now_s: float,
     options: PlannerOptions = PlannerOptions(),  # noqa: B008 (frozen)
+    *,
+    num_busy: int = 0,
 ) -> Tick:
     """The baseline: up to ``fixed_batch`` streams, oldest frame first, full quality, no frame given up."""
     setting = Setting(mode="stream_batch" if options.mode == "auto" else options.mode)
     ready = sorted((s for s in streams if is_ready(s, setting, options)), key=lambda s: s.arrivals_s[0])
+    most = _share_of_a_lane(len(ready), streams, model, setting, options, num_busy)
     serves: list[Serve] = []
-    for stream in ready[: options.fixed_batch]:
+    for stream in ready[: min(most, options.fixed_batch)]:
         serve = serve_of(stream, setting, options)
         if serves and sum(s.rows[0] for s in serves) + serve.rows[0] > options.max_rows:
             break
         serves.append(serve)
-    return _tick(streams, tuple(serves), setting, state, model, options)
+    return _tick(streams, tuple(serves), setting, state, model, model.lane if num_busy else model, options)
 
 
 def choose_level(
@@ -161,8 +174,30 @@ def load(streams: Sequence[StreamView], model: LatencyModel, setting: Setting, o
 
 def _load(kinds: Counter[StreamView], model: LatencyModel, setting: Setting, options: PlannerOptions) -> float:
     """Of the faster way: all cores together, or in lanes."""
-    together, num_lanes = _share(kinds, model, setting, options), min(model.num_lanes, kinds.total())
-    return min(together, _share(kinds, model.lane, setting, options, num_lanes)) if num_lanes > 1 else together
+    return min(_share(kinds, model, setting, options), _share_in_lanes(kinds, model, setting, options))
+
+
+def _share_in_lanes(
+    kinds: Counter[StreamView], model: LatencyModel, setting: Setting, options: PlannerOptions
+) -> float:
+    num_lanes = min(model.num_lanes, kinds.total())
+    return _share(kinds, model.lane, setting, options, num_lanes) if num_lanes > 1 else math.inf
+
+
+def _share_of_a_lane(
+    num_ready: int,
+    streams: Sequence[StreamView],
+    model: LatencyModel,
+    setting: Setting,
+    options: PlannerOptions,
+    num_busy: int,
+) -> int:
+    """How many of the ready streams a tick may take: all, or while lanes work as many as every free one gets."""
+    if not num_busy:
+        return num_ready
+    kinds = _kinds(streams)
+    is_worth_it = _share_in_lanes(kinds, model, setting, options) <= _share(kinds, model, setting, options)
+    return math.ceil(num_ready / (model.num_lanes - num_busy)) if is_worth_it else 0
 
 
 def _share(
@@ -291,11 +326,13 @@ def _tick(
     setting: Setting,
     state: PlannerState,
     model: LatencyModel,
+    runs_at: LatencyModel,
     options: PlannerOptions,
 ) -> Tick:
+    """``runs_at``: what the calls of this tick cost, all cores together or one lane of them."""
     wake_s = min((ready_of(s, setting, options) for s in streams), default=math.inf)
     return Tick(
-        serves=serves, predicted_ms=tick_ms(serves, model), setting=setting,
-        load=load(streams, model, setting, options), num_lanes=num_lanes_of(serves, model), state=state,
+        serves=serves, predicted_ms=tick_ms(serves, runs_at), setting=setting,
+        load=load(streams, model, setting, options), num_lanes=num_lanes_of(serves, runs_at), state=state,
         wake_s=None if serves or wake_s == math.inf else wake_s,
     )  # fmt: skip

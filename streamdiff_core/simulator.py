@@ -13,8 +13,8 @@ import heapq
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from streamdiff_core.admission import AdmissionOptions, admit
 from streamdiff_core.latency_model import LatencyModel
@@ -78,13 +78,15 @@ class _Stream:
     is_closed: bool = False
     was_served: bool = False
 
-    def view(self) -> StreamView:
-        """What the planner is told."""
+    def view(self, *, is_under_way: bool = False) -> StreamView:
+        """What the planner is told; of a stream that a lane works on only what it costs."""
         viewer = self.record.viewer
-        return StreamView(
-            stream_id=self.number, fps=viewer.fps, arrivals_s=tuple(self.inbox), steps=viewer.steps,
-            in_flight_s=tuple(chunk[0] for _, chunk in self.in_flight),
-            is_fresh=viewer.is_fresh and not self.was_served, deadline_ms=viewer.deadline_ms, served_s=self.served_s,
+        view = StreamView(stream_id=self.number, fps=viewer.fps, steps=viewer.steps, deadline_ms=viewer.deadline_ms)
+        if is_under_way:
+            return view
+        return replace(
+            view, arrivals_s=tuple(self.inbox), in_flight_s=tuple(chunk[0] for _, chunk in self.in_flight),
+            is_fresh=viewer.is_fresh and not self.was_served, served_s=self.served_s,
         )  # fmt: skip
 
     def take_in(self, now_s: float, inbox_frames: float) -> None:
@@ -140,11 +142,14 @@ class _Replica:
         self.streams: dict[int, _Stream] = {}
         self.model = world.prior() if world.prior else world.true_model
         self.state, self.setting = PlannerState(), Setting()
-        self.is_busy, self.learns = False, world.prior is not None
+        self.learns = world.prior is not None
+        self.is_busy, self.lanes = False, []
+        """Whether all cores work together; else the streams of each lane that works."""
 
     def views(self) -> list[StreamView]:
         """Its streams, for the planner."""
-        return [stream.view() for stream in self.streams.values()]
+        under_way = set(itertools.chain(*self.lanes))
+        return [stream.view(is_under_way=number in under_way) for number, stream in self.streams.items()]
 
 
 class _Simulation:
@@ -231,43 +236,53 @@ class _Simulation:
         self.tick(replica)
 
     def tick(self, replica: _Replica) -> None:
-        """If the machine is idle, do what its planner says."""
-        if replica.is_busy:
-            return
-        tick = self.world.policy(replica.views(), replica.model, replica.state, self.now_s, self.world.options)
-        replica.state, replica.setting = tick.state, tick.setting
-        if not tick.serves:
-            return
-        self.report.levels.append((self.now_s, tick.state.level))
-        took_s, served = self.run_calls(tick, replica), []
-        for serve in tick.serves:
+        """As long as cores are free, do what the planner says."""
+        while not replica.is_busy and len(replica.lanes) < max(1, replica.model.num_lanes):
+            num_busy = len(replica.lanes)
+            args = (replica.views(), replica.model, replica.state, self.now_s, self.world.options)
+            tick = self.world.policy(*args, num_busy=num_busy)
+            replica.state, replica.setting = tick.state, tick.setting
+            if not tick.serves:
+                return
+            self.report.levels.append((self.now_s, tick.state.level))
+            in_lanes = num_busy > 0 or tick.num_lanes > 1
+            for lane in split(tick.serves, tick.num_lanes):
+                self.begin([tick.serves[i] for i in lane], replica, in_lanes)
+
+    def begin(self, serves: Sequence[Serve], replica: _Replica, in_lane: bool) -> None:
+        """These streams' chunks enter, side by side with others or on all cores."""
+        took_s, served = self.run_calls(serves, replica, in_lane), []
+        for serve in serves:
             stream = replica.streams[serve.stream_id]
             served.append((stream, stream.serve(serve, self.now_s)))
-        replica.is_busy = True
-        self.report.busy_s += took_s
-        self.at(self.now_s + took_s, self.finish, replica, served)
+        lane = [serve.stream_id for serve in serves] if in_lane else None
+        if in_lane:
+            replica.lanes.append(lane)
+        replica.is_busy = not in_lane
+        self.report.busy_s += took_s / (replica.model.num_lanes if in_lane else 1)
+        self.at(self.now_s + took_s, self.finish, replica, served, lane)
 
-    def run_calls(self, tick: Tick, replica: _Replica) -> float:
-        """Seconds the tick really takes, as long as its longest lane; the planner's model sees every call."""
-        in_lanes = tick.num_lanes > 1
-        true_model = self.world.true_model.lane if in_lanes else self.world.true_model
-        learner = replica.model.lane if in_lanes else replica.model
-        lanes_ms = []
-        for lane in split(tick.serves, tick.num_lanes):
-            lanes_ms.append(0.0)
-            for stage, rows, latent_frames in calls_of([tick.serves[i] for i in lane]):
-                ms = true_model.ms(stage, rows, latent_frames) * self.rng.lognormvariate(0, self.world.noise)
-                ms *= 3 if self.rng.random() < self.world.hiccups else 1
-                lanes_ms[-1] += ms
-                if stage == "denoise":
-                    self.report.rows.append(rows)
-                if replica.learns:
-                    learner.observe(stage, rows, latent_frames, ms)
-        return max(lanes_ms) / 1e3
+    def run_calls(self, serves: Sequence[Serve], replica: _Replica, in_lane: bool) -> float:
+        """Seconds that a lane, or all cores, really take; the planner's model sees every call."""
+        true_model = self.world.true_model.lane if in_lane else self.world.true_model
+        learner = replica.model.lane if in_lane else replica.model
+        took_ms = 0.0
+        for stage, rows, latent_frames in calls_of(serves):
+            ms = true_model.ms(stage, rows, latent_frames) * self.rng.lognormvariate(0, self.world.noise)
+            ms *= 3 if self.rng.random() < self.world.hiccups else 1
+            took_ms += ms
+            if stage == "denoise":
+                self.report.rows.append(rows)
+            if replica.learns:
+                learner.observe(stage, rows, latent_frames, ms)
+        return took_ms / 1e3
 
-    def finish(self, replica: _Replica, served: list[tuple[_Stream, list[float]]]) -> None:
-        """A tick is done: its frames come out, and the next may begin."""
-        replica.is_busy = False
+    def finish(self, replica: _Replica, served: list[tuple[_Stream, list[float]]], lane: list[Hashable] | None) -> None:
+        """A lane, or everything, is done: its frames come out, and the next may begin."""
+        if lane is None:
+            replica.is_busy = False
+        else:
+            replica.lanes.remove(lane)
         for stream, arrivals_s in served:
             stream.put_out(arrivals_s, self.now_s)
         self.tick(replica)

@@ -144,7 +144,8 @@ class Tick:
     load: float
     """Share of the machine's time that all streams need at this quality; above 1 it falls behind."""
     num_lanes: int
-    """1: rows of all streams in joint forwards on all cores; else the streams side by side (``planner.split``)."""
+    """1: rows of all streams in joint forwards, on all cores or while others work in one lane; else the streams side by
+    side (``planner.split``)."""
     state: PlannerState
     """For the next call."""
     wake_s: float | None

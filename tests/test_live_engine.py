@@ -302,9 +302,9 @@ def put_together(engine, viewers, count):
             put(viewer, count)
 
 
-def in_lanes(*args):
+def in_lanes(*args, num_busy):
     """The planner, but whoever runs together runs in two lanes."""
-    tick = plan(*args)
+    tick = plan(*args, num_busy=num_busy)
     return replace(tick, num_lanes=min(2, max(1, len(tick.serves))))
 
 
