@@ -23,7 +23,7 @@ from streamdiff_core.types import Read
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the full width, computed in float32 or better, then cast and scaled."""
+    """Root-mean-square norm over the full width, computed in float32 or better; float64 stays float64."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -32,9 +32,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 @dataclass(frozen=True)

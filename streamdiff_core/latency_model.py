@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 STAGES = ("encode", "denoise", "decode")
+REFIT_SHARE = 16
+"""A line is fitted anew once more than this part of its measurements is new: a fit takes as long as a small stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class LatencyModel:
         self._priors, self._min_samples = dict(priors), min_samples
         self._seen: dict[str, deque[tuple[float, float]]] = {stage: deque(maxlen=window) for stage in STAGES}
         self._fitted = dict(priors)
-        self._stale: set[str] = set()
+        self._num_new = dict.fromkeys(STAGES, 0)
 
     def observe(self, stage: str, rows: int, latent_frames: int, ms: float) -> None:
         """Notes one measured call: ``rows`` rows of ``latent_frames`` each took ``ms``.
@@ -100,14 +102,15 @@ class LatencyModel:
         if rows < 1 or latent_frames < 1 or not (0 < ms < math.inf):
             raise ValueError(f"rows {rows}, latent_frames {latent_frames} and ms {ms} must be positive and finite")
         self._seen[stage].append((rows * latent_frames, ms))
-        self._stale.add(stage)
+        self._num_new[stage] += 1
 
     def line(self, stage: str) -> Line:
         """The law of a stage as of now."""
-        if stage in self._stale and len(self._seen[stage]) >= self._min_samples:
+        num_seen = len(self._seen[stage])
+        if num_seen >= self._min_samples and self._num_new[stage] > num_seen // REFIT_SHARE:
             units, ms = zip(*self._seen[stage], strict=True)
             self._fitted[stage] = fit_line(units, ms, self._priors[stage])
-            self._stale.discard(stage)
+            self._num_new[stage] = 0
         return self._fitted[stage]
 
     def ms(self, stage: str, rows: int, latent_frames: int) -> float:

@@ -101,7 +101,7 @@ def frame_distances(frames: Tensor, previous: Tensor | None) -> Tensor:
         raise ValueError(f"frames must be [T >= 1, C, H, W] and the previous frame [C, H, W], got {shapes}")
     if previous is not None:
         frames = torch.cat([previous.unsqueeze(0).to(frames), frames])
-    return (frames[1:] - frames[:-1]).square().mean(dim=(1, 2, 3)).sqrt()
+    return (frames[1:] - frames[:-1]).square_().mean(dim=(1, 2, 3)).sqrt()
 
 
 def pixel_motion(frames: Tensor, previous: Tensor | None, *, motion_scale: float = 0.2) -> float:
