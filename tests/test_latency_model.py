@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamdiff_core import latency_model
 from streamdiff_core.latency_model import STAGES, LatencyModel, Line, fit_line
 
 PRIOR = Line(5.0, 20.0)
@@ -101,3 +102,14 @@ def test_throughput_grows_like_b_over_one_plus_b():
         assert line.throughput(b * knee) / (1e3 / line.unit_ms) == pytest.approx(b / (1 + b))
     assert line.knee(0.9) == pytest.approx(27.0)
     assert Line(5.0, 0.0).knee() == math.inf
+
+
+def test_a_line_is_fitted_anew_only_when_a_sixteenth_of_its_measurements_is_new(monkeypatch):
+    fits = []
+    monkeypatch.setattr(latency_model, "fit_line", lambda units, ms, prior: fits.append(len(ms)) or prior)
+    model = LatencyModel(dict.fromkeys(STAGES, Line(1.0, 1.0)))
+    for _ in range(64):
+        model.observe("denoise", 1, 1, 2.0)
+        model.line("denoise")
+    assert fits[:10] == list(range(3, 13)), "every time while there are few"
+    assert len(fits) < 40 and 64 - fits[-1] <= 64 // 16

@@ -13,7 +13,7 @@ from random_pipeline import moving_frames, random_pipeline, stream
 
 from streamdiff_core import live_turns
 from streamdiff_core.admission import AdmissionOptions
-from streamdiff_core.latency_model import Line
+from streamdiff_core.latency_model import STAGES, LatencyModel, Line
 from streamdiff_core.live_engine import LiveEngine, ServerFullError
 from streamdiff_core.live_events import LiveReply
 from streamdiff_core.live_pauses import PauseWork
@@ -292,6 +292,58 @@ def test_streams_run_side_by_side_when_the_plan_says_so_except_those_that_must_b
     assert not viewers[0].of_type("error")
 
 
+def test_a_lane_that_is_done_goes_on_while_the_other_works_but_exact_streams_and_wishes_have_all_cores(
+    engine, monkeypatch
+):
+    """Wrong order this catches: a chunk of one stream holds up the next chunks of the streams in other lanes."""
+    monkeypatch.setattr(live_turns, "count_lanes", lambda pipe: 2)
+    pipe = random_pipeline()
+    forward = pipe.engine.forward
+    running = engine(pipe, turns=Turns(PlannerOptions(degrade=()), policy=always_in_lanes))
+    slow, quick = (Viewer(running, "ink", steps=1).began() for _ in range(2))
+    exact = Viewer(running, "ink", steps=1, exact=True).began()
+    put_together(running, (slow, quick), 5)
+    for viewer in (slow, quick):
+        viewer.until(lambda v=viewer: len(v.pictures) == 5)
+    held, gate = slow.stream.session.cache, threading.Event()
+    pipe.engine.forward = lambda rows: (any(c is held for c, _ in rows) and gate.wait(20), forward(rows))[1]
+    put_together(running, (slow, quick), 4)
+    for count in (9, 13, 17):
+        quick.until(lambda n=count: len(quick.pictures) == n)
+        put(quick, 4)
+    assert len(slow.pictures) == 5 and running._serving
+    quick.until(lambda: len(quick.pictures) == 21)
+    put(exact, 5)
+    quick.stream.set_prompt("oil paint")
+    time.sleep(0.3)
+    assert not exact.pictures and not quick.of_type("applied"), "they wait until no lane works"
+    gate.set()
+    exact.until(lambda: len(exact.pictures) == 5)
+    slow.until(lambda: len(slow.pictures) == 9)
+    put(quick, 4)
+    quick.until(lambda: quick.of_type("applied"))
+    assert np.array_equal(exact.video, pipe.start("ink", steps=1).push(FRAMES[:5]))
+
+
+def test_who_leaves_while_a_lane_works_on_it_is_freed_when_that_is_done(engine, monkeypatch):
+    monkeypatch.setattr(live_turns, "count_lanes", lambda pipe: 2)
+    pipe = random_pipeline()
+    forward, gate = pipe.engine.forward, threading.Event()
+    running = engine(pipe, turns=Turns(PlannerOptions(degrade=()), policy=always_in_lanes))
+    viewers = [Viewer(running, "ink", steps=1).began() for _ in range(2)]
+    pipe.engine.forward = lambda rows: (gate.wait(20), forward(rows))[1]
+    put_together(running, viewers, 5)
+    while len(running._serving) < 2:
+        time.sleep(0.01)
+    leaving = viewers[0].stream
+    running.close(leaving)
+    assert leaving.session is not None
+    gate.set()
+    viewers[1].until(lambda: len(viewers[1].pictures) == 5)
+    while leaving.session is not None:
+        time.sleep(0.01)
+
+
 def put_together(engine, viewers, count):
     """Frames of all while the model is busy, so that all are ready at once."""
     gate, is_busy = threading.Lock(), threading.Event()
@@ -306,6 +358,13 @@ def in_lanes(*args, num_busy):
     """The planner, but whoever runs together runs in two lanes."""
     tick = plan(*args, num_busy=num_busy)
     return replace(tick, num_lanes=min(2, max(1, len(tick.serves))))
+
+
+def always_in_lanes(streams, model, state, now_s, options, *, num_busy):
+    """The planner on a machine whose lanes are much faster than all cores together."""
+    quick = LatencyModel(dict.fromkeys(STAGES, Line(0.1, 0.1)))
+    model = LatencyModel(dict.fromkeys(STAGES, Line(1.0, 9.0)), lane=quick, num_lanes=2)
+    return plan(streams, model, state, now_s, options, num_busy=num_busy)
 
 
 def test_steps_go_down_under_overload_are_told_and_come_back(engine):

@@ -364,6 +364,22 @@ def test_an_odd_stream_waits_rather_than_leave_a_lane_idle():
     assert len(four.serves) == 4
 
 
+def test_while_a_lane_works_the_tick_is_for_a_free_one():
+    """It costs what a lane costs and takes its share of what is ready; those under way only count as load."""
+    model, options = lanes_of(4, 30), replace(PLAIN, max_rows=8)
+    under_way, streams = (
+        [StreamView(stream_id=9, fps=16.0, steps=1)],
+        [waiting(i, steps=1, age_s=0.1 * i) for i in range(5)],
+    )
+    tick = plan([*streams, *under_way], model, PlannerState(), 0.0, options, num_busy=1)
+    assert [serve.stream_id for serve in tick.serves] == [4, 3] and tick.num_lanes == 1, "two for each of three lanes"
+    assert tick.predicted_ms == pytest.approx(62, abs=0.1)
+    assert tick.load == plan([*streams, *under_way], model, PlannerState(), 0.0, options).load
+    assert len(plan(streams[:2], model, PlannerState(), 0.0, options, num_busy=3).serves) == 2
+    slow = plan([*streams, *under_way], lanes_of(4, 90), PlannerState(), 0.0, options, num_busy=1)
+    assert not slow.serves, "all cores together are faster: the lanes run out"
+
+
 def test_a_lane_gets_the_longest_where_least_is_to_be_done():
     serves = [serve_of(steady(steps), Setting(mode="stream_batch"), PlannerOptions()) for steps in (1, 4, 1, 2)]
     lanes = split(serves, 2)
