@@ -14,8 +14,8 @@ PAGES_PER_ROUND = """
     from streamdiff_core.host_memory import keep_freed_memory
     print(keep_freed_memory())
     def work():
-        blocks = [torch.ones(size << 20, dtype=torch.uint8) for size in (1, 3, 9, 27)]
-        return blocks[0].sum() + blocks[-1][-1]
+        blocks = [torch.ones(size << 20, dtype=torch.uint8) for size in (1, 2, 3) * 6]
+        return sum(block[-1] for block in blocks)
     for _ in range(10):
         work()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -38,9 +38,9 @@ def test_a_round_of_work_takes_no_new_pages():
     keeps, pages = run()
     if not keeps:
         pytest.skip("another C library")
-    assert pages < 20
+    assert pages < 500
     keeps, pages = run(MALLOC_TRIM_THRESHOLD_="65536", MALLOC_MMAP_THRESHOLD_="65536")
-    assert not keeps and pages > 5000, "the user's settings hold: 40 MiB are taken anew each time"
+    assert not keeps and pages > 5000, "the user's settings hold: 36 MiB are taken anew each time"
 
 
 def test_other_systems_are_left_alone(monkeypatch):
