@@ -335,15 +335,13 @@ def test_who_leaves_while_a_lane_works_on_it_is_freed_when_that_is_done(engine, 
     viewers = [Viewer(running, "ink", steps=1).began() for _ in range(2)]
     pipe.engine.forward = lambda rows: (gate.wait(20), forward(rows))[1]
     put_together(running, viewers, 5)
-    while len(running._serving) < 2:
-        time.sleep(0.01)
+    viewers[1].until(lambda: len(running._serving) == 2)
     leaving = viewers[0].stream
     running.close(leaving)
     assert leaving.session is not None
     gate.set()
     viewers[1].until(lambda: len(viewers[1].pictures) == 5)
-    while leaving.session is not None:
-        time.sleep(0.01)
+    viewers[1].until(lambda: leaving.session is None)
 
 
 def put_together(engine, viewers, count):
