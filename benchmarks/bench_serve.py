@@ -127,7 +127,7 @@ class Crowd:
                     news |= self._feed(viewer, now_s)
             if news:
                 self.engine.wake()
-            time.sleep(0.004)
+            time.sleep(0.01)
 
     def _feed(self, viewer: Viewer, now_s: float) -> bool:
         if not viewer.fps:
