@@ -289,13 +289,14 @@ class LiveEngine:
             self._pause_work.end()
 
     def _pause(self, is_idle: bool) -> None:
-        """One step of what is done in pauses, or wait for news."""
-        if is_idle and self._pause_work is not None:
-            self._work(self._pause_work)
-            return
+        """One step of what is done in pauses, or wait for news; neither where news came since the latest look."""
         with self._changed:
-            if not self._has_news:
+            if self._has_news:
+                return
+            if not is_idle or self._pause_work is None:
                 self._changed.wait(TICK_S)
+                return
+        self._work(self._pause_work)
 
     def _take_turn(self, streams: Sequence[LiveStream]) -> bool:
         """Run, or begin in lanes, what the planner says; False: nothing."""
