@@ -3,11 +3,16 @@
 Counted is memory that the system cannot take back: anonymous pages (``RssAnon``), sampled while loading. Pages of a
 memory-mapped file are left out: they are the file, and are dropped when memory is short. "The weights" are those of
 the model in its own number type, whether they end up in anonymous memory or stay mapped.
+
+Each tensor is mapped by itself here, so that what the loader has freed counts no longer. Otherwise glibc takes blocks
+below a moving limit (at most 32 MiB, so most of this model's and none of a 14B model's matrices) from one heap, where
+freed ones stay as holes: up to 15 % of the weights more than the loader needs, by how they happen to lie.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +27,8 @@ from streamdiff_core.weights import to_diffusers_keys
 
 CONFIG = dict(dim=768, ffn_dim=3072, num_heads=6, num_layers=16, text_dim=256, text_len=16)
 """Some 155 M parameters: 310 MB in bfloat16."""
+APART = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
+"""Environment in which glibc gives every block from 64 KiB its own mapping, and hence back as soon as it is freed."""
 LOAD = """
 import json, sys, threading, time
 from dataclasses import replace
@@ -89,11 +96,10 @@ def files(tmp_path_factory):
 )
 def test_peak_is_at_most_115_percent_of_the_weights(files, name, dtype, lora):
     arguments = [str(files / name), dtype, str(files / lora) if lora else "", json.dumps(CONFIG)]
-    peaks = []
-    while len(peaks) < 3 and (not peaks or peaks[-1] > 1.15):  # when freed memory is given back is partly chance
-        done = subprocess.run([sys.executable, "-c", LOAD, *arguments], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
-        assert found["weights"] > 200e6 and found["samples"] > 10
-        peaks.append(found["peak"] / found["weights"])
-    assert min(peaks) <= 1.15
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *arguments], capture_output=True, text=True, timeout=120, env=os.environ | APART
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["weights"] > 200e6 and found["samples"] > 10
+    assert found["peak"] <= 1.15 * found["weights"]
