@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from streamdiff_core.config import SeamConfig
-from streamdiff_core.types import LEVELS
+from streamdiff_core.types import GREY_LEVELS_PER_UNIT
 
 
 def deblock_(video: Tensor, seams: Iterable[SeamConfig]) -> Tensor:
@@ -35,7 +35,7 @@ def _smooth_(cells: Tensor, dim: int, seams: SeamConfig) -> None:
     after = [cells.narrow(dim - 1, 1, count).select(dim, i) for i in range(seams.reach_px)]
     step = after[0] - before[0]
     slope = before[0] - before[1] + after[1] - after[0]  # of both sides together
-    keep = (1 - step.abs() * (LEVELS / seams.largest_step)).clamp_min_(0)
+    keep = (1 - step.abs() * (GREY_LEVELS_PER_UNIT / seams.largest_step)).clamp_min_(0)
     excess = step.sub_(slope, alpha=0.5).mul_(keep)
     for i in range(seams.reach_px):
         share = 0.5 - (i + 0.5) / (2 * seams.reach_px)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamdiff_core.types import LEVELS
+from streamdiff_core.types import GREY_LEVELS_PER_UNIT
 
 MIN_SIDE_PX = 64
 """Shortest side, in pixels, that ``fit_size`` gives."""
@@ -78,7 +78,7 @@ def frames_to_tensor(frames: np.ndarray) -> Tensor:
     """
     check_frames(frames)
     pixels = torch.tensor(np.ascontiguousarray(frames))  # mirrored or read-only arrays are no torch views
-    return pixels.permute(0, 3, 1, 2)[None].to(torch.float32).div_(LEVELS).sub_(1.0)
+    return pixels.permute(0, 3, 1, 2)[None].to(torch.float32).div_(GREY_LEVELS_PER_UNIT).sub_(1.0)
 
 
 def tensor_to_frames(x: Tensor) -> np.ndarray:
@@ -94,7 +94,7 @@ def tensor_to_uint8(x: Tensor) -> Tensor:
     """
     if x.ndim != 5 or x.shape[0] != 1 or x.shape[2] != 3:
         raise ValueError(f"expected [1, T, 3, H, W], got {list(x.shape)}; pass one stream at a time")
-    pixels = (x[0].detach().to(torch.float32) + 1.0).mul_(LEVELS).round_().clamp_(0, 255).to(torch.uint8)
+    pixels = (x[0].detach().to(torch.float32) + 1.0).mul_(GREY_LEVELS_PER_UNIT).round_().clamp_(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous()
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from streamdiff_core.config import SteadyConfig
-from streamdiff_core.types import LEVELS
+from streamdiff_core.types import GREY_LEVELS_PER_UNIT
 
 
 @dataclass(slots=True)
@@ -58,8 +58,8 @@ def hold_still(video: Tensor, source: Tensor, state: SteadyState, config: Steady
         state.shown, state.source = video[0], source[0].clone()
     out, before = torch.empty_like(video), state.shown
     for new, frame, shown in zip(video, source, out, strict=True):
-        moved = (frame - state.source).abs_().amax(0).mul_(LEVELS / config.moved_levels)
-        changed = (new - before).abs_().amax(0).mul_(LEVELS / config.changed_levels)
+        moved = (frame - state.source).abs_().amax(0).mul_(GREY_LEVELS_PER_UNIT / config.moved_levels)
+        changed = (new - before).abs_().amax(0).mul_(GREY_LEVELS_PER_UNIT / config.changed_levels)
         evidence = torch.maximum(moved, changed).square_()
         gain = evidence.div_(evidence + 1).clamp_(min=config.min_gain)
         state.source.lerp_(frame, gain)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-LEVELS = 127.5
+GREY_LEVELS_PER_UNIT = 127.5
 """Grey levels per unit of a picture in [-1, 1]."""
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from streamdiff_core.config import PRESETS, SeamConfig
-from streamdiff_core.deblock import LEVELS, deblock_
+from streamdiff_core.deblock import deblock_
+from streamdiff_core.types import GREY_LEVELS_PER_UNIT
 
 SEAMS = [SeamConfig(period_px=8, largest_step=30.0, reach_px=4)]
 TINY = PRESETS["tiny"].seams
@@ -12,7 +13,7 @@ TINY = PRESETS["tiny"].seams
 
 def cells(heights, dtype=torch.float64):
     """One line of 8-pixel cells of these grey levels, as a picture [1, 3, 16, W]."""
-    line = torch.tensor(heights, dtype=dtype).repeat_interleave(8) / LEVELS
+    line = torch.tensor(heights, dtype=dtype).repeat_interleave(8) / GREY_LEVELS_PER_UNIT
     return line.expand(1, 3, 16, -1).clone()
 
 
@@ -22,7 +23,7 @@ def test_a_small_step_becomes_a_ramp(is_column):
     video = cells([10.0, 16.0])
     video = video.transpose(-1, -2).clone() if is_column else video
     line = deblock_(video, SEAMS).transpose(-1, -2) if is_column else deblock_(video, SEAMS)
-    steps = (line[0, 0, 3] * LEVELS).diff()
+    steps = (line[0, 0, 3] * GREY_LEVELS_PER_UNIT).diff()
     assert steps[7] == pytest.approx(6 - 4.8 * 7 / 8)
     assert torch.allclose(steps[4:7], torch.full((3,), 4.8 / 8, dtype=torch.float64)) and (steps >= 0).all()
     assert (steps[:3] == 0).all() and (steps[12:] == 0).all(), "beyond the reach nothing changes"

@@ -11,19 +11,21 @@ from random_pipeline import RANDOM_PRESET, moving_frames, random_pipeline, strea
 from torch.testing import assert_close
 
 from streamdiff_core.config import SteadyConfig
-from streamdiff_core.steady import LEVELS, SteadyState, hold_still
+from streamdiff_core.steady import SteadyState, hold_still
+from streamdiff_core.types import GREY_LEVELS_PER_UNIT
 
 CONFIG = SteadyConfig(moved_levels=4, changed_levels=30, min_gain=0.1)
 
 
 def picture(*levels: float) -> torch.Tensor:
     """Frames of one grey pixel each, [T, 3, 1, 1], from grey levels above black."""
-    return (torch.tensor(levels, dtype=torch.float64) / LEVELS - 1)[:, None, None, None].expand(-1, 3, 1, 1).clone()
+    grey = torch.tensor(levels, dtype=torch.float64) / GREY_LEVELS_PER_UNIT - 1
+    return grey[:, None, None, None].expand(-1, 3, 1, 1).clone()
 
 
 def shown(video: torch.Tensor, source: torch.Tensor, config: SteadyConfig = CONFIG) -> torch.Tensor:
     """Grey levels shown [T] of one pixel."""
-    return (hold_still(video, source, SteadyState(), config)[:, 0, 0, 0] + 1) * LEVELS
+    return (hold_still(video, source, SteadyState(), config)[:, 0, 0, 0] + 1) * GREY_LEVELS_PER_UNIT
 
 
 def test_gain_by_hand():
@@ -37,7 +39,7 @@ def test_gain_by_hand():
 def test_one_channel_is_enough():
     """A change of blue alone moves the pixel: the largest channel counts, not the mean."""
     source, video = picture(50, 50), picture(100, 110)
-    source[1, 2] += 4 / LEVELS
+    source[1, 2] += 4 / GREY_LEVELS_PER_UNIT
     assert_close(shown(video, source)[1], torch.tensor(105.0).double())
 
 
@@ -55,7 +57,7 @@ def test_nothing_is_left_behind_a_moving_thing():
     for t in range(24):
         source[t, :, 2:6, t : t + 6] = 0.8
     held = hold_still(source.clone(), source, SteadyState(), CONFIG)
-    assert (held - source).abs().max() * LEVELS <= CONFIG.moved_levels / 2
+    assert (held - source).abs().max() * GREY_LEVELS_PER_UNIT <= CONFIG.moved_levels / 2
 
 
 @pytest.mark.parametrize("speed", [0.25, 0.5, 1, 2, 4])
@@ -107,8 +109,9 @@ def test_session_holds_each_frame_against_its_own_input(pipe, steps, schedule):
     options = {"steps": steps, "schedule": schedule, "seed": 3}
     plain = stream(pipe.start("a", steady=False, **options), frames).astype(np.float64)
     held = stream(pipe.start("a", **options), frames)
-    to_tensor = lambda x: torch.from_numpy(x.astype(np.float64)).permute(0, 3, 1, 2) / LEVELS - 1  # noqa: E731
-    expected = (hold_still(to_tensor(plain), to_tensor(frames), SteadyState(), CONFIG) + 1) * LEVELS
+    per_unit = GREY_LEVELS_PER_UNIT
+    to_tensor = lambda x: torch.from_numpy(x.astype(np.float64)).permute(0, 3, 1, 2) / per_unit - 1  # noqa: E731
+    expected = (hold_still(to_tensor(plain), to_tensor(frames), SteadyState(), CONFIG) + 1) * per_unit
     error = (expected.permute(0, 2, 3, 1) - torch.from_numpy(held)).abs()
     assert error.max() <= 2  # `plain` was rounded before the filter as well, which moves the gains a little
     assert np.abs(plain - held).max() > 10

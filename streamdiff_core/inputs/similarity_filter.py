@@ -11,6 +11,7 @@ import random
 import numpy as np
 
 from streamdiff_core.inputs._rule import InputRule, input_rule
+from streamdiff_core.types import GREY_LEVELS_PER_UNIT
 
 
 @input_rule("similarity_filter")
@@ -63,6 +64,6 @@ class SimilarityFilter(InputRule):
 
 def min_cosine(frames: np.ndarray, reference: np.ndarray) -> float:
     """Least cosine similarity of frames [T, H, W, 3] with a reference [H, W, 3], as pictures in [-1, 1]."""
-    x = frames.reshape(len(frames), -1) / 127.5 - 1.0
-    y = reference.reshape(-1) / 127.5 - 1.0
+    x = frames.reshape(len(frames), -1) / GREY_LEVELS_PER_UNIT - 1.0
+    y = reference.reshape(-1) / GREY_LEVELS_PER_UNIT - 1.0
     return float((x @ y / (np.linalg.norm(x, axis=1) * np.linalg.norm(y))).min())
