@@ -20,10 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from streamdiff_core.bench_baseline import compare_with_eager, synchronize
 from streamdiff_core.bench_frames import FrameLoop, source_frames
-from streamdiff_core.compiled import compile_blocks
 from streamdiff_core.config import PRESETS
-from streamdiff_core.cuda_graphs import record_forwards
-from streamdiff_core.device_streams import check_overlap
 from streamdiff_core.forecast import CHUNK_FRAMES, SIZES, forecast, machine_of, predictions, work_of
 from streamdiff_core.machine import machine_facts, peak_memory_bytes, source_commit
 from streamdiff_core.memory_need import memory_need
@@ -276,11 +273,6 @@ def load_pipeline(options: BenchOptions) -> StreamPipeline:
             options.preset, device=options.device, dtype=options.dtype, weights=options.weights, vae=options.vae,
             quantisation=options.quantisation,
         )  # fmt: skip
-    if options.compile:
-        compile_blocks(pipe.transformer)
-    if options.cuda_graphs:
-        record_forwards(pipe.transformer)
-    if options.overlap_stages:
-        check_overlap(pipe.device)
-    pipe.overlap_stages = options.overlap_stages
-    return pipe
+    return pipe.speed_up(
+        compile=options.compile, cuda_graphs=options.cuda_graphs, overlap_stages=options.overlap_stages
+    )

@@ -78,7 +78,7 @@ class StageStreams(InTurn):
 
 
 def check_overlap(device: torch.device) -> None:
-    """Whether stages can overlap on a device.
+    """Refuse a device on which stages cannot overlap.
 
     Raises:
         ValueError: no GPU.

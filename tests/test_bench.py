@@ -14,6 +14,7 @@ from tiny_pipeline import small_pipeline
 from streamdiff_core import bench, bench_report
 from streamdiff_core.bench_baseline import EagerTransformer, compare_with_eager
 from streamdiff_core.bench_frames import FrameLoop, moving_frames
+from streamdiff_core.compiled import is_compiled
 from streamdiff_core.config import CacheConfig
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES
@@ -191,6 +192,17 @@ def test_random_weights_are_rounded_as_asked_or_not_at_all() -> None:
     assert "Int8" in type(pipe.transformer.blocks[0].ffn[0].weight).__name__
     with pytest.raises(ValueError, match="no ranges"):
         bench.load_pipeline(replace(options, quantisation="w8a8"))
+
+
+def test_ways_to_run_faster_reach_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report names them whether or not they were on, so a lost one would go unnoticed."""
+    options = bench.BenchOptions(random_weights=True, device="cpu")
+    for way in ("cuda_graphs", "overlap_stages"):
+        with pytest.raises(ValueError, match=f"leave out --{way.replace('_', '-')}"):
+            bench.load_pipeline(replace(options, **{way: True}))
+    monkeypatch.setattr("streamdiff_core.compiled.has_compiler", lambda: True)
+    assert is_compiled(bench.load_pipeline(replace(options, compile=True)).transformer)
+    assert not is_compiled(bench.load_pipeline(options).transformer)
 
 
 def test_bad_number_of_chunks() -> None:
