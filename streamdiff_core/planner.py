@@ -71,27 +71,27 @@ def plan(
     state, setting = choose_level(streams, model, state, now_s, options)
     ready = sorted((s for s in streams if is_ready(s, setting, options)), key=lambda s: urgency_of(s, setting, options))
     ready = ready[: _share_of_a_lane(len(ready), streams, model, setting, options, num_busy)]
-    everything, model = model, model.lane if num_busy else model
+    runs_at = model.lane if num_busy else model
     arriving = [s for s in streams if s.is_fresh and s.arrivals_s and not is_ready(s, setting, options)]
     chosen: list[tuple[StreamView, Serve]] = []
     num_rows, first_due_s = 0, math.inf
     for stream in ready:
         serve = serve_of(stream, setting, options)
         before = [s for _, s in chosen]
-        if chosen and (is_full(before, model, options) or num_rows + serve.rows[0] > options.max_rows):
+        if chosen and (is_full(before, runs_at, options) or num_rows + serve.rows[0] > options.max_rows):
             break
         num_rows += serve.rows[0]
         due_s = due_of(stream, setting, options)
-        if now_s + tick_ms([serve], model) / 1e3 <= due_s:
+        if now_s + tick_ms([serve], runs_at) / 1e3 <= due_s:
             first_due_s = min(first_due_s, due_s)
-        end_s = now_s + tick_ms([*before, serve], model) / 1e3
-        if chosen and (end_s > first_due_s or _keeps_waiting(arriving, model, setting, end_s, options)):
+        end_s = now_s + tick_ms([*before, serve], runs_at) / 1e3
+        if chosen and (end_s > first_due_s or _keeps_waiting(arriving, runs_at, setting, end_s, options)):
             break
         chosen.append((stream, serve))
-    chosen = _even(chosen, model)
-    end_s = now_s + tick_ms([serve for _, serve in chosen], model) / 1e3
+    chosen = _even(chosen, runs_at)
+    end_s = now_s + tick_ms([serve for _, serve in chosen], runs_at) / 1e3
     serves = tuple(_drop_late(stream, serve, setting, end_s, options) for stream, serve in chosen)
-    return _tick(streams, serves, setting, state, everything, model, options)
+    return _tick(streams, serves, setting, state, model, runs_at, options)
 
 
 def plan_fifo(
