@@ -215,19 +215,19 @@ class LiveStream:
         if self.session is None or self.is_closed:
             return None
         if is_under_way:
-            return self._asked_view()
+            return self._cost_view()
         has_chunk = self._outbox.has_room and len(self.inbox) >= self.frames_wanted
         if not has_chunk and now_s - self.inbox.last_arrival_s > PAUSE_S:
             return None
         return replace(
-            self._asked_view(),
+            self._cost_view(),
             arrivals_s=self.inbox.waiting_s if has_chunk else (),
             in_flight_s=self._output.in_flight_s,
             is_fresh=self._is_fresh,
             served_s=self.last_turn_s or self.opened_s,
         )
 
-    def _asked_view(self) -> StreamView:
+    def _cost_view(self) -> StreamView:
         """What it costs at the pace its frames really come."""
         view, interval_s = self.promised_view(), self.inbox.source_interval_s
         return replace(view, fps=min(view.fps, 1 / interval_s) if interval_s else view.fps)
