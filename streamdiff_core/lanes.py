@@ -24,12 +24,17 @@ SWITCH_S = 0.0005
 class Lanes:
     """Threads that compute with one core each; made by the thread that runs the model.
 
+    While any of the process is open, threads that run Python take turns every ``SWITCH_S`` (``sys.setswitchinterval``,
+    which holds for the whole process); when the last one is closed, as often as before the first.
+
     Args:
         count: how many.
     """
 
+    _lock, _num_open, _usual_switch_s = threading.Lock(), 0, 0.0
+
     def __init__(self, count: int) -> None:
-        self.count = count
+        self.count, self.is_closed = count, False
         num_threads = torch.get_num_threads()
         all_here = threading.Barrier(count)
 
@@ -38,7 +43,11 @@ class Lanes:
             torch.set_num_threads(1)
             all_here.wait()
 
-        sys.setswitchinterval(SWITCH_S)
+        with Lanes._lock:
+            if Lanes._num_open == 0:
+                Lanes._usual_switch_s = sys.getswitchinterval()
+                sys.setswitchinterval(SWITCH_S)
+            Lanes._num_open += 1
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="streamdiff-lane", initializer=take_a_core)
         for future in [self._threads.submit(lambda: None) for _ in range(count)]:
             future.result()
@@ -59,3 +68,9 @@ class Lanes:
     def close(self) -> None:
         """End the threads once they have nothing to do."""
         self._threads.shutdown(wait=False)
+        with Lanes._lock:
+            if not self.is_closed:
+                self.is_closed = True
+                Lanes._num_open -= 1
+                if Lanes._num_open == 0:
+                    sys.setswitchinterval(Lanes._usual_switch_s)

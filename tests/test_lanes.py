@@ -1,11 +1,12 @@
 """Lanes: a core each, side by side, and nobody else's number of threads changes."""
 
+import sys
 import threading
 
 import pytest
 import torch
 
-from streamdiff_core.lanes import Lanes
+from streamdiff_core.lanes import SWITCH_S, Lanes
 
 
 @pytest.fixture
@@ -64,3 +65,20 @@ def test_an_error_waits_for_the_other_lane(lanes):
     with pytest.raises(ZeroDivisionError, match="one"):
         lanes.run([fails, takes_long])
     assert ended.is_set()
+
+
+def test_python_is_shared_as_before_once_the_last_lanes_are_closed(monkeypatch):
+    """Wrong orders this catches: the first to close restores; closing twice counts twice; the second's own
+    "before" is the first's."""
+    monkeypatch.setattr(Lanes, "_num_open", 0)  # whatever other tests left open
+    usual_s = sys.getswitchinterval()
+    sys.setswitchinterval(0.003)
+    try:
+        one, two = Lanes(1), Lanes(1)
+        one.close()
+        one.close()
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
+        two.close()
+        assert sys.getswitchinterval() == pytest.approx(0.003)
+    finally:
+        sys.setswitchinterval(usual_s)
