@@ -63,9 +63,11 @@ class Viewer:
 
     @property
     def is_in(self) -> bool:
+        """Whether it was let in and its stream has begun."""
         return self.stream.inbox is not None
 
     def send(self, now_s: float, pictures: np.ndarray) -> None:
+        """The next of pictures [N, H, W, 3], uint8, taken in turn; one that is not admitted counts as sent."""
         seq = len(self.sent_s)
         self.sent_s.append(now_s)
         if self.stream.admit(seq):
@@ -92,6 +94,7 @@ class Viewer:
 
     @property
     def ttff_ms(self) -> float:
+        """From the first frame sent to the first frame out."""
         return 1e3 * (min(self.sent_s[i] + ms / 1e3 for i, ms in self.lag_ms.items()) - self.sent_s[0])
 
 
@@ -102,6 +105,7 @@ class Crowd:
         self.engine, self.pictures, self.viewers, self.num_refused = engine, picture_loop(side), [], 0
 
     def join(self, fps: float) -> Viewer | None:
+        """Another viewer, who may have to wait in line; None when refused."""
         try:
             stream = self.engine.open("ink on paper", {}, fps=fps or None)
         except ServerFullError:
@@ -111,10 +115,12 @@ class Crowd:
         return self.viewers[-1]
 
     def leave(self, viewer: Viewer) -> None:
+        """End a viewer's stream."""
         viewer.ended_s = time.monotonic()
         self.engine.close(viewer.stream)
 
     def run(self, seconds: float, each: Callable[[float], None] = lambda now_s: None) -> None:
+        """Send what is due and read what came for so long; ``each`` is called in every round."""
         end_s = time.monotonic() + seconds
         while (now_s := time.monotonic()) < end_s:
             news = False
@@ -141,14 +147,17 @@ class Crowd:
         return wants
 
     def until_in(self, num_viewers: int) -> None:
+        """Run until so many viewers are in."""
         while sum(v.is_in for v in self.viewers) < num_viewers:
             self.run(0.05)
 
     def miss_rate(self, since_s: float) -> float:
+        """Of those inside: share of the frames sent from ``since_s`` on and due by now that missed the deadline."""
         pairs = [v.misses(since_s, time.monotonic()) for v in self.viewers if v.is_in]
         return sum(m for m, _ in pairs) / max(1, sum(d for _, d in pairs))
 
     def fps(self, since_s: float) -> float:
+        """Frames of all viewers per second that came out since then."""
         now_s = time.monotonic()
         out = sum(v.sent_s[i] + ms / 1e3 >= since_s for v in self.viewers for i, ms in v.lag_ms.items())
         return out / (now_s - since_s)
@@ -162,6 +171,7 @@ class Bench:
         self.lines: list[str] = []
 
     def crowd(self, turns: Turns, admission: AdmissionOptions | None = None) -> Crowd:
+        """A new engine with its model loaded, and nobody there yet."""
         # Loaded in the engine's thread, as the servers do: a second thread with OpenMP workers slows both down.
         engine = LiveEngine(self.load_pipe, max_streams=64, idle_s=None, admission=admission, turns=turns)
         while engine.pipe is None:
@@ -169,12 +179,14 @@ class Bench:
         return Crowd(engine, self.preset.width)
 
     def say(self, line: str = "") -> None:
+        """Print a line and keep it for the report."""
         print(line, flush=True)
         self.lines.append(line)
 
     # --- (a) -----------------------------------------------------------------------------------------------------
 
     def saturated_fps(self, num_streams: int, turns: Turns, seconds: float) -> float:
+        """Frames per second of all streams together, each fed as fast as the model takes frames."""
         crowd = self.crowd(turns)
         for _ in range(num_streams):
             crowd.join(0.0)
@@ -208,6 +220,7 @@ class Bench:
 
     def steady(self, name: str, fps: float, num_streams: int, turns: Turns, admission: AdmissionOptions | None,
                minutes: float) -> None:  # fmt: skip
+        """One line of the load table: viewers at a fixed pace, and what the simulator says of those who got in."""
         crowd = self.crowd(turns, admission)
         for _ in range(num_streams):
             crowd.join(fps)
@@ -270,6 +283,7 @@ class Bench:
 
 
 def main() -> None:
+    """Measure all and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5.0, help="of each case under load (default 5)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each point of the curve (default 10)")

@@ -18,6 +18,7 @@ from streamdiff_core.machine import source_commit
 
 
 def main() -> None:
+    """Write the forecast."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default %(default)s)")
     parser.add_argument("--max-gpus", type=int, default=8, help="largest number of GPUs (default %(default)s)")

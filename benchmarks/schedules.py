@@ -98,6 +98,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def main() -> None:
+    """Measure every schedule, print a Markdown table and keep the figures where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--device", default="auto")
