@@ -29,6 +29,30 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    model = _model_options()
+    _add_run(commands.add_parser("run", parents=[common, model], help="restyle a video", epilog=RUN_NOTES))
+    _add_compare(
+        commands.add_parser(
+            "compare", parents=[common, model], help="several settings side by side", epilog=COMPARE_NOTES
+        )
+    )
+    _add_bench(commands.add_parser("bench", parents=[common, model], help="measure speed, FLOPs and MFU here"))
+    _add_demo(commands.add_parser("demo", parents=[common], help="open the live app in the browser"))
+    _add_serve(commands.add_parser("serve", parents=[common, model], help="serve streams to programs (WebSocket)"))
+    doctor = commands.add_parser("doctor", parents=[common], help="check this installation and machine")
+    doctor.set_defaults(command="doctor")
+    _add_embed(
+        commands.add_parser(
+            "embed", parents=[common], help="compute prompts' embeddings ahead of time (umT5)", epilog=EMBED_NOTES
+        )
+    )
+    presets = commands.add_parser("presets", parents=[common], help="list the presets")
+    presets.set_defaults(command="presets")
+    return parser
+
+
+def _model_options() -> argparse.ArgumentParser:
+    """What every command takes that loads a model."""
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--preset", default="tiny", help="see `streamdiff presets` (default %(default)s)")
     model.add_argument("--schedule", choices=SCHEDULES, help="order of the denoising steps (default: the preset's)")
@@ -63,25 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--compile", action="store_true", help="torch.compile the transformer: slow start")
     model.add_argument("--cuda-graphs", action="store_true", help="record and replay forwards (GPU; not measured)")
     model.add_argument("--threads", type=positive(int), help="CPU threads (default: PyTorch's choice)")
-    _add_run(commands.add_parser("run", parents=[common, model], help="restyle a video", epilog=RUN_NOTES))
-    _add_compare(
-        commands.add_parser(
-            "compare", parents=[common, model], help="several settings side by side", epilog=COMPARE_NOTES
-        )
-    )
-    _add_bench(commands.add_parser("bench", parents=[common, model], help="measure speed, FLOPs and MFU here"))
-    _add_demo(commands.add_parser("demo", parents=[common], help="open the live app in the browser"))
-    _add_serve(commands.add_parser("serve", parents=[common, model], help="serve streams to programs (WebSocket)"))
-    doctor = commands.add_parser("doctor", parents=[common], help="check this installation and machine")
-    doctor.set_defaults(command="doctor")
-    _add_embed(
-        commands.add_parser(
-            "embed", parents=[common], help="compute prompts' embeddings ahead of time (umT5)", epilog=EMBED_NOTES
-        )
-    )
-    presets = commands.add_parser("presets", parents=[common], help="list the presets")
-    presets.set_defaults(command="presets")
-    return parser
+    return model
 
 
 RUN_NOTES = (

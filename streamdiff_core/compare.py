@@ -104,12 +104,7 @@ def compare(
     if figures_every < 1:
         raise ValueError(f"figures_every must be 1 or more, got {figures_every}")
     folder = open_folder(folder)
-    if pipe.preset.name != comparison.base.preset:
-        raise ValueError(
-            f"the comparison needs preset {comparison.base.preset!r}, the pipeline is {pipe.preset.name!r}"
-        )
-    if hash_input(source) != comparison.base.input_sha256:
-        raise ValueError(f"{input_name(source)} is not the {comparison.base.input} that the comparison was made from")
+    _check_fits(pipe, comparison.base, source)
     cells = make_cells(comparison, pipe.preset, folder)
     check_fair(comparison, cells)
     (folder / RECIPE_NAME).write_text(comparison.to_json() + "\n", encoding="utf-8")
@@ -136,6 +131,14 @@ def compare(
         done += 1
         yield Progress(done=done, total=total, what="measure and draw")
     return CompareResult(folder=folder, cells=cells, num_frames=frames, fps=comparison.base.fps)
+
+
+def _check_fits(pipe: StreamPipeline, base: Recipe, source: str | Path) -> None:
+    """Refuse a model or an input that the comparison was not made for."""
+    if pipe.preset.name != base.preset:
+        raise ValueError(f"the comparison needs preset {base.preset!r}, the pipeline is {pipe.preset.name!r}")
+    if hash_input(source) != base.input_sha256:
+        raise ValueError(f"{input_name(source)} is not the {base.input} that the comparison was made from")
 
 
 def run_all(steps: Generator[Progress, None, CompareResult]) -> CompareResult:

@@ -193,18 +193,7 @@ def save_checkpoint(
     path = Path(path)
     metadata = {"format": "pt", **{key: str(value) for key, value in (metadata or {}).items()}}
     state = {name: value.detach() for name, value in model.state_dict().items()}
-    overhead = 4096 + 2 * len(json.dumps(metadata))
-    shards, room = [{}], max_shard_bytes - overhead
-    for name, value in state.items():
-        itemsize = (dtype if dtype and value.is_floating_point() else value.dtype).itemsize
-        num_bytes = value.numel() * itemsize + 2 * len(name) + 160  # and its line in the header
-        if num_bytes > max_shard_bytes - overhead:
-            raise ValueError(f"{name} alone takes {num_bytes} bytes; raise max_shard_bytes {max_shard_bytes}")
-        if num_bytes > room:
-            shards.append({})
-            room = max_shard_bytes - overhead
-        shards[-1][name] = value
-        room -= num_bytes
+    shards = _split(state, dtype, max_shard_bytes, overhead=4096 + 2 * len(json.dumps(metadata)))
     total = len(shards)
     files = [path] if total == 1 else [
         path.with_name(f"{path.stem}-{i:05d}-of-{total:05d}{path.suffix}") for i in range(1, total + 1)
@@ -231,6 +220,24 @@ def save_checkpoint(
         if file not in files and (file in (path, index) or old_shard.fullmatch(file.name)):
             file.unlink()
     return files
+
+
+def _split(
+    state: Mapping[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int, overhead: int
+) -> list[dict[str, Tensor]]:
+    """State dicts in their order, each as large as a file with so many bytes of its own may hold."""
+    shards, room = [{}], max_shard_bytes - overhead
+    for name, value in state.items():
+        itemsize = (dtype if dtype and value.is_floating_point() else value.dtype).itemsize
+        num_bytes = value.numel() * itemsize + 2 * len(name) + 160  # and its line in the header
+        if num_bytes > max_shard_bytes - overhead:
+            raise ValueError(f"{name} alone takes {num_bytes} bytes; raise max_shard_bytes {max_shard_bytes}")
+        if num_bytes > room:
+            shards.append({})
+            room = max_shard_bytes - overhead
+        shards[-1][name] = value
+        room -= num_bytes
+    return shards
 
 
 def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -233,6 +233,19 @@ def validate(
     return {**result, "worst_style": float(np.min(errors["psnr_2_steps"]))}
 
 
+def new_model(config: ModelConfig, vae: TinyVAE, clips: LatentClips) -> CausalWanTransformer:
+    """An untrained transformer that ignores its prompt at first, and knows the spread of the clips' latents."""
+    model = CausalWanTransformer(config)
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.cross_attn.o.weight)
+        torch.nn.init.normal_(block.modulation, std=0.02)
+    torch.nn.init.normal_(model.head.head.weight, std=0.02)
+    samples = torch.cat([torch.from_numpy(np.array(c[:, ::8])).flatten(0, 1) for c in clips.clips[:40]])
+    model.latent_std.copy_(latent_std(vae, samples))
+    model.latent_motion.copy_(is_motion(vae))
+    return model
+
+
 def train_dit(
     folder: Path,
     config: ModelConfig,
@@ -251,14 +264,7 @@ def train_dit(
 
     torch.manual_seed(seed)
     clips, val = LatentClips(train_latents), LatentClips(val_latents)
-    model = CausalWanTransformer(config)
-    for block in model.blocks:
-        torch.nn.init.zeros_(block.cross_attn.o.weight)
-        torch.nn.init.normal_(block.modulation, std=0.02)
-    torch.nn.init.normal_(model.head.head.weight, std=0.02)
-    samples = torch.cat([torch.from_numpy(np.array(c[:, ::8])).flatten(0, 1) for c in clips.clips[:40]])
-    model.latent_std.copy_(latent_std(vae, samples))
-    model.latent_motion.copy_(is_motion(vae))
+    model = new_model(config, vae, clips)
     average = Average(model, decay=0.999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.01)
     run = Run(folder, model=model, average=average, optimizer=optimizer)
