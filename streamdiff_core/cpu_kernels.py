@@ -37,11 +37,9 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if torch.compiler.is_compiling():  # a compiled graph looks after memory itself
         return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
-    b, n, length, _ = q.shape
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    weights = _scratch(b * n, length, k.shape[1])
-    torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(-1, -2), out=weights)
-    return torch.bmm(torch.softmax(weights, dim=-1, out=weights), v).unflatten(0, (b, n))
+    weights = _scratch(*q.shape[:3], k.shape[2])
+    torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2), out=weights)
+    return torch.matmul(torch.softmax(weights, dim=-1, out=weights), v)
 
 
 def _scratch(*shape: int) -> Tensor:

@@ -68,7 +68,8 @@ def rotate(x: Tensor, multiplier: Tensor) -> Tensor:
     """
     m = multiplier.shape[-1]
     wide = x.to(torch.float64 if multiplier.dtype == torch.complex128 else torch.float32)
-    pairs = wide[..., : 2 * m].unflatten(-1, (m, 2))
+    turning = wide if 2 * m == x.shape[-1] else wide[..., : 2 * m]
+    pairs = turning.view(*x.shape[:-1], m, 2)
     if pairs.storage_offset() % 2 or any(step % 2 for step in pairs.stride()[:-1]) or pairs.stride(-1) != 1:
         pairs = pairs.contiguous()
     turned = torch.view_as_real(torch.view_as_complex(pairs) * multiplier.unsqueeze(-2)).flatten(-2)
