@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streamdiff_core.viz._style import COLOURS, DASHES, FAINT, HATCHES, INK, MARKERS, drawing, new_figure
+from streamdiff_core.viz._style import COLOURS, DASHES, FAINT, HATCHES, INK, MARKERS, PAPER, drawing, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +38,9 @@ def draw_curves(
         log: axes that are logarithmic: ``x``, ``y`` or ``xy``.
         size: width and height in inches.
     """
+    from matplotlib.patheffects import withStroke
+
+    text = {"fontsize": 10, "path_effects": [withStroke(linewidth=3, foreground=PAPER)]}  # legible over a curve
     figure, axes = new_figure(*size)
     for i, (label, values) in enumerate(series.items()):
         xs, ys = values if isinstance(values, tuple) else (range(len(values)) if x is None else x, values)
@@ -47,10 +50,10 @@ def draw_curves(
         )  # fmt: skip
     for label, level in (limits or {}).items():
         axes.axhline(level, color=FAINT, linewidth=1, linestyle=":")
-        axes.annotate(label, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=10)
+        axes.annotate(label, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", **text)
     for label, place in (marks or {}).items():
         axes.axvline(place, color=FAINT, linewidth=1, linestyle=":")
-        axes.annotate(label, (place, 1), xycoords=("data", "axes fraction"), ha="left", va="top", fontsize=10)
+        axes.annotate(label, (place, 1), xycoords=("data", "axes fraction"), ha="left", va="top", **text)
     for axis in log:
         getattr(axes, f"set_{axis}scale")("log")
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
