@@ -181,30 +181,38 @@ class Int8Ranges(nn.Module):
         self.register_buffer("ranges", ranges)
 
 
-def use_int8(transformer: CausalWanTransformer, path: Path) -> Int8Ranges:
-    """Let a fused transformer's blocks run with 8-bit products from now on, in its streams.
+def load_ranges(path: Path, device: torch.device) -> Int8Ranges:
+    """What ``use_int8`` needs, before a transformer is loaded.
 
     Args:
         path: ranges as ``measure_ranges`` gives them, JSON.
+        device: where the transformer will be.
 
     Raises:
-        ValueError: the transformer is not on a CPU, or this CPU or PyTorch has no fast 8-bit products.
-        CheckpointError: no ranges there, or not those of this transformer.
+        ValueError: not a CPU, or this CPU or PyTorch has no fast 8-bit products.
+        CheckpointError: no ranges there.
     """
-    if transformer.device.type != "cpu":
-        raise ValueError(f"quantisation 'w8a8' is for CPUs, the model is on {transformer.device}; use device='cpu'")
+    if device.type != "cpu":
+        raise ValueError(f"quantisation 'w8a8' is for CPUs, the model is on {device}; use device='cpu'")
     if not has_int8():
         raise ValueError("quantisation 'w8a8' needs a CPU with VNNI instructions and PyTorch's oneDNN; leave it out")
     try:
-        ranges = torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64)
+        return Int8Ranges(torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: no activation ranges ({error}); make them: streamdiff-train ranges") from error
-    expected = (len(transformer.blocks), len(LAYERS), 2)
-    if ranges.shape != expected:
-        raise CheckpointError(f"{path}: ranges of shape {tuple(ranges.shape)}, this transformer needs {expected}")
-    for block, own in zip(transformer.blocks, ranges.tolist(), strict=True):
+
+
+def use_int8(transformer: CausalWanTransformer, ranges: Int8Ranges) -> None:
+    """Let a fused transformer's blocks run with 8-bit products from now on, in its streams.
+
+    Raises:
+        CheckpointError: the ranges are not those of this transformer.
+    """
+    found, needed = tuple(ranges.ranges.shape), (len(transformer.blocks), len(LAYERS), 2)
+    if found != needed:
+        raise CheckpointError(f"{RANGES_FILE}: ranges of shape {found}, this transformer needs {needed}")
+    for block, own in zip(transformer.blocks, ranges.ranges.tolist(), strict=True):
         block.int8 = Int8Block(block, own)
-    return Int8Ranges(ranges)
 
 
 def has_int8() -> bool:

@@ -29,11 +29,11 @@ from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.engine import Engine
 from streamdiff_core.full_size import load_modules
 from streamdiff_core.host_memory import keep_freed_memory
-from streamdiff_core.int8_blocks import RANGES_FILE, Int8Ranges, use_int8
+from streamdiff_core.int8_blocks import RANGES_FILE, Int8Ranges, load_ranges, use_int8
 from streamdiff_core.lora import merge_lora
 from streamdiff_core.memory_need import PROMPT_BYTES
 from streamdiff_core.parallel.stage import StagePart
-from streamdiff_core.quantise import quantise
+from streamdiff_core.quantise import check_kind, quantise
 from streamdiff_core.session import StreamSession
 from streamdiff_core.stream_options import Prompt, StreamOptions, check_options
 from streamdiff_core.text import TinyTextEncoder
@@ -106,13 +106,18 @@ class StreamPipeline:
             ValueError: unknown preset, device, dtype or quantisation; CUDA graphs or overlap without a GPU.
             CheckpointError: weights missing, not fitting, or too large for this machine.
         """
-        preset = get_preset(name)
+        preset, ranges = get_preset(name), None
+        if quantisation == "w8a8":  # what cannot be done is said before a download
+            ranges = load_ranges(_folder(preset, weights) / RANGES_FILE, pick_device(device))
+        elif quantisation:
+            check_kind(quantisation)
         modules = load_preset(preset, device=device, dtype=dtype, weights=weights, vae=vae, quantisation=quantisation)
         for source, strength in (lora or {}).items():
             logger.info("%s", merge_lora(modules[0], source, strength))
         pipe = cls.from_modules(preset, *modules)
-        if quantisation == "w8a8":
-            pipe.int8_ranges = use_int8(pipe.transformer, _folder(preset, weights) / RANGES_FILE)
+        if ranges is not None:
+            use_int8(pipe.transformer, ranges)
+            pipe.int8_ranges = ranges
         elif quantisation:
             quantise(pipe.transformer, quantisation)
         return pipe.speed_up(compile=compile, cuda_graphs=cuda_graphs, overlap_stages=overlap_stages)

@@ -13,8 +13,8 @@ from streamdiff_core.attention import SelfAttention
 KINDS = ("int8", "fp8")
 
 
-def quantise(model: nn.Module, kind: str) -> nn.Module:
-    """Quantise the linear layers of a transformer's blocks, in place.
+def check_kind(kind: str) -> None:
+    """Refuse what ``quantise`` could not do, before anything is loaded.
 
     Raises:
         ValueError: unknown kind, or torchao is not installed.
@@ -22,9 +22,20 @@ def quantise(model: nn.Module, kind: str) -> nn.Module:
     if kind not in KINDS:
         raise ValueError(f"unknown quantisation {kind!r}; use one of {', '.join(KINDS)}, or w8a8 for 8-bit products")
     try:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+        import torchao.quantization  # noqa: F401
     except ImportError as error:
         raise ValueError("quantisation needs torchao: pip install 'streamdiff[wan]'") from error
+
+
+def quantise(model: nn.Module, kind: str) -> nn.Module:
+    """Quantise the linear layers of a transformer's blocks, in place.
+
+    Raises:
+        ValueError: as ``check_kind``.
+    """
+    check_kind(kind)
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
     for module in model.modules():  # the joint q/k/v product reads memory that quantised weights do not have
         if isinstance(module, SelfAttention):
             module.unfuse()

@@ -137,6 +137,15 @@ def test_text_encoder_is_fetched_for_an_unknown_prompt_only(tmp_path, monkeypatc
     assert asked == [(base, "tokenizer"), (base, "text_encoder")] and len(hub.transfers) == 2
 
 
+@pytest.mark.parametrize(
+    ("quantisation", "words"), [("int3", "unknown quantisation 'int3'"), ("w8a8", "no activation ranges|VNNI")]
+)
+def test_quantisation_that_cannot_be_is_refused_before_the_download(hub, quantisation, words):
+    with pytest.raises((ValueError, CheckpointError), match=words):
+        StreamPipeline.from_preset("wan-1.3b", device="cpu", quantisation=quantisation)
+    assert hub.transfers == []
+
+
 def test_lora_and_quantisation_reach_the_transformer(hub, tmp_path):
     plain = StreamPipeline.from_preset("wan-1.3b", device="cpu", dtype="float32").transformer
     down, up = torch.randn(2, 32), torch.randn(32, 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -18,7 +17,15 @@ from streamdiff_core.bench import count_chunk_flops
 from streamdiff_core.compiled import compile_blocks
 from streamdiff_core.config import CacheConfig, ModelConfig
 from streamdiff_core.dit import CausalWanTransformer
-from streamdiff_core.int8_blocks import RANGES_FILE, Int8Linear, has_int8, measure_ranges, use_int8
+from streamdiff_core.int8_blocks import (
+    RANGES_FILE,
+    Int8Linear,
+    Int8Ranges,
+    has_int8,
+    load_ranges,
+    measure_ranges,
+    use_int8,
+)
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.metrics import psnr
@@ -31,6 +38,7 @@ needs_vnni = pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI ins
 CONFIG = ModelConfig(
     dim=64, ffn_dim=128, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, text_len=4, freq_dim=16
 )
+CPU = torch.device("cpu")
 RANGES = [[[-8.0, 8.0]] * 5 + [[-0.2, 8.0]], [[-6.0, 7.0]] * 5 + [[-0.3, 5.0]]]
 
 
@@ -50,8 +58,8 @@ def model() -> CausalWanTransformer:
 
 
 @pytest.fixture
-def rounded(model, tmp_path) -> CausalWanTransformer:
-    use_int8(model, ranges_file(tmp_path))
+def rounded(model) -> CausalWanTransformer:
+    use_int8(model, Int8Ranges(torch.tensor(RANGES)))
     return model
 
 
@@ -95,7 +103,7 @@ def test_linear_rounds_and_clips():
 def test_block_stays_near_the_block_it_stands_for(model, tmp_path):
     """A forgotten modulation, norm weight, bias or gate would be an error of tens of percent."""
     (before,) = stream(model, [0])
-    use_int8(model, ranges_file(tmp_path))
+    use_int8(model, load_ranges(ranges_file(tmp_path), CPU))
     (after,) = stream(model, [0])
     assert 0 < (after - before).norm() / before.norm() < 0.03
 
@@ -155,14 +163,14 @@ def test_ranges_are_what_went_in(model):
 def test_what_cannot_work_is_said(model, tmp_path, monkeypatch):
     monkeypatch.setattr(int8_blocks, "has_int8", lambda: True)
     with pytest.raises(CheckpointError, match="no activation ranges .* streamdiff-train ranges"):
-        use_int8(model, tmp_path / "int8_ranges.json")
+        load_ranges(tmp_path / "int8_ranges.json", CPU)
     with pytest.raises(CheckpointError, match=r"\(1, 6, 2\), this transformer needs \(2, 6, 2\)"):
-        use_int8(model, ranges_file(tmp_path, RANGES[:1]))
+        use_int8(model, load_ranges(ranges_file(tmp_path, RANGES[:1]), CPU))
     with pytest.raises(ValueError, match="device='cpu'"):
-        use_int8(deepcopy(model).to("meta"), ranges_file(tmp_path))
+        load_ranges(ranges_file(tmp_path), torch.device("meta"))
     monkeypatch.setattr(int8_blocks, "has_int8", lambda: False)
     with pytest.raises(ValueError, match="VNNI"):
-        use_int8(model, ranges_file(tmp_path))
+        load_ranges(ranges_file(tmp_path), CPU)
 
 
 @pytest.fixture(scope="module")
