@@ -4,7 +4,7 @@ Two threads meet here. The connection's calls (``admit``, ``put``, the wishes, `
 return at once; the model's thread calls ``do_chores``, which begins and grants wishes between two chunks, and drives
 ``work``, one chunk whose forwards may be shared. All state of the stream is in its ``StreamSession``: closing it
 frees everything, a new one starts clean. What comes out goes through ``live_output``, recordings are
-``live_recording``'s. Nothing here knows about sockets.
+``live_recording``'s, wishes wait in ``live_wishes``. Nothing here knows about sockets.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamdiff_core.frames import resize_and_crop
-from streamdiff_core.kv_policies import make_policy
-from streamdiff_core.live_events import Event, Outbox, error_event, sentence
+from streamdiff_core.live_events import Event, Outbox
 from streamdiff_core.live_inbox import Inbox, LiveFrame
+from streamdiff_core.live_limits import check_cache, check_shape
 from streamdiff_core.live_meter import LiveMeter
 from streamdiff_core.live_output import LiveOutput
 from streamdiff_core.live_recording import Recordings
+from streamdiff_core.live_wishes import Wishes
 from streamdiff_core.lockstep import Work
 from streamdiff_core.recipe import Recipe
 from streamdiff_core.recorder import RecordingShelf
@@ -38,13 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_WISHES = 64
-"""Changes that may wait for the next chunk."""
-MAX_SIDE_PX = 1024
-"""Longest side that a viewer may ask for."""
-MAX_CACHE_FRAMES, ROOMY_PX = 64, 512 * 512
-"""Latent frames of up to so many pixels that a viewer's cache may keep, fewer of larger ones: one viewer must not take
-all memory and time."""
 STATS_EVERY_S = 0.5
 MIN_DEADLINE_MS = 1000.0
 """The planner plans for twice the lag budget, but no less: the budget leaves hardly room for others' chunks."""
@@ -81,7 +74,7 @@ class LiveStream:
         self._outbox = Outbox(notify)
         self._output = LiveOutput(self._outbox.put, self._meter, clock)
         self.recordings = Recordings(shelf, self._outbox.put)  # not self.emit: a circle would keep the stream
-        self._wishes: deque[tuple[Callable[..., None], tuple[Any, ...], float]] = deque()
+        self._wishes = Wishes(self._outbox.put, clock)
         self._frame_shape: tuple[int, ...] | None = None
         self._is_fresh, self._is_finishing = True, False
         self._filled_s: float | None = None
@@ -112,27 +105,27 @@ class LiveStream:
 
     def set_options(self, changes: Mapping[str, Any]) -> None:
         """Options to change before the next chunk, as in ``StreamSession.set_options``."""
-        self._wish(self._change_options, dict(changes))
+        self._wishes.add(self._change_options, dict(changes))
 
     def set_prompt(self, prompt: Prompt, on_switch: str = "keep") -> None:
         """Prompt to change before the next chunk, as in ``StreamSession.set_prompt``."""
-        self._wish(self._change_prompt, prompt, on_switch)
+        self._wishes.add(self._change_prompt, prompt, on_switch)
 
     def finish(self) -> None:
         """The input is over: put out what is in flight; a frame that comes later begins a new stream."""
-        self._wish(self._finish)
+        self._wishes.add(self._finish)
 
     def anchor(self) -> None:
         """Forget the past before the next chunk and measure drift from there on."""
-        self._wish(self._anchor)
+        self._wishes.add(self._anchor)
 
     def record(self, action: str, side_by_side: bool = False) -> None:
         """``start``: from a fresh stream state on; ``stop``: the next ``recording`` event says where it is."""
-        self._wish(self._record, action, side_by_side)
+        self._wishes.add(self._record, action, side_by_side)
 
     def ask_recipe(self) -> None:
         """A ``recipe`` event with the settings of now."""
-        self._wish(self._tell_recipe)
+        self._wishes.add(self._tell_recipe)
 
     def next_event(self) -> Event | None:
         """The oldest thing to send, None if there is none."""
@@ -259,11 +252,7 @@ class LiveStream:
 
     def _grant_wishes(self) -> None:
         while self._wishes and not self.is_closed:
-            grant, args, asked_s = self._wishes.popleft()
-            try:
-                grant(*args, asked_s)
-            except ValueError as error:
-                self.emit(error_event("bad_setting", f"{sentence(error)}.", "The stream goes on as it was."))
+            self._wishes.grant_next()
 
     def restart(self, pipe: StreamPipeline, **changes: Any) -> None:
         """A clean session with the settings of the old one; what was in flight is lost and acknowledged."""
@@ -329,11 +318,7 @@ class LiveStream:
 
     def _begin(self, pipe: StreamPipeline) -> None:
         shape = {name: self._asked.pop(name) for name in FIXED_OPTIONS if name in self._asked}
-        for name in {"width", "height"} & shape.keys():
-            if not (isinstance(shape[name], int) and 64 <= shape[name] <= MAX_SIDE_PX):
-                raise ValueError(f"{name} must be a whole number from 64 to {MAX_SIDE_PX}")
-        if shape.get("mode", "v2v") != "v2v":
-            raise ValueError("a live stream has the mode v2v")
+        check_shape(shape)
         session = pipe.start(self.prompt, **shape)
         try:
             check_cache(change_options(session.options, self._asked, pipe.preset))
@@ -411,12 +396,6 @@ class LiveStream:
 
     # --- wishes --------------------------------------------------------------------------------------------------
 
-    def _wish(self, grant: Callable[..., None], *args: Any) -> None:
-        if len(self._wishes) < MAX_WISHES:
-            self._wishes.append((grant, args, self._clock()))
-        else:
-            self.emit(error_event("bad_setting", "Too many changes wait already.", "Change one thing at a time."))
-
     def _change_options(self, changes: dict[str, Any], asked_s: float) -> None:
         check_cache(change_options(self.session.options, changes, self.session.pipe.preset))
         fewer = self.options.steps - self.session.options.steps
@@ -470,18 +449,3 @@ class LiveStream:
         steps, asked = self.session.options.steps, self.options.steps
         note = f"{steps} of {asked} steps while the server is busy" if steps < asked else ""
         return {"steps": steps, "steps_asked": asked, "note": note}
-
-
-def check_cache(options: StreamOptions) -> None:
-    """Refuse a cache that would leave too little for others.
-
-    Raises:
-        ValueError: with how much there may be.
-    """
-    kept = make_policy(options.policy, options.cache, options.policy_options).num_slots
-    most = min(MAX_CACHE_FRAMES, MAX_CACHE_FRAMES * ROOMY_PX // (options.width * options.height))
-    if kept > most:
-        raise ValueError(
-            f"the cache of a live stream of {options.width}x{options.height} keeps at most {most} latent frames, not "
-            f"{kept}; lower window_frames, sink_frames or what the policy keeps besides"
-        )

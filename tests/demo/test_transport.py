@@ -23,7 +23,7 @@ from demo.app import create_app, listen, make_server
 from streamdiff_core import live_connection as live
 from streamdiff_core.config import PRESETS
 from streamdiff_core.latency_model import Line
-from streamdiff_core.live_stream import MAX_WISHES
+from streamdiff_core.live_wishes import MAX_WISHES
 
 jpeg = ENCODE["jpeg"]
 JPEG = jpeg(FRAMES[0])
