@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,18 +22,17 @@ import torch
 from torch import Tensor
 
 from streamdiff_core.attention import PromptContext
+from streamdiff_core.chunk_noise import ChunkNoise
 from streamdiff_core.config import SteadyConfig
 from streamdiff_core.deblock import deblock_
 from streamdiff_core.denoiser import Denoiser
 from streamdiff_core.device_streams import InTurn, StageStreams
-from streamdiff_core.flow import select_steps, spaced_steps
 from streamdiff_core.frames import check_frames, frames_to_tensor, resize_and_crop, tensor_to_uint8
 from streamdiff_core.inputs import HeldFrames, make_inputs
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.kv_policies.sink import describe_content
 from streamdiff_core.lockstep import Work, run_alone
-from streamdiff_core.noise_controller import decide
 from streamdiff_core.prompt_fade import PromptFade
 from streamdiff_core.steady import SteadyState, hold_still
 from streamdiff_core.stream_options import SWITCHES, Prompt, StreamOptions, StreamStats, change_options
@@ -87,9 +86,7 @@ class StreamSession:
         self._sources: dict[int, Tensor] = {}  # input of the chunks in flight [T, 3, H, W]
         self._pending: list[np.ndarray] = []
         self._chunk_idx = self._next_frame = 0
-        self._previous: Tensor | None = None
-        self._noise_scale, self._motion = o.noise_scale, 0.0
-        self._recent: tuple[float, ...] = ()
+        self._noise = ChunkNoise(pipe.preset, o.noise_scale)
         self._evicted: set[int] = set()
         self._spare = np.empty((0, o.height, o.width, 3), np.uint8)
 
@@ -215,7 +212,8 @@ class StreamSession:
     def close(self) -> None:
         """Free the stream's state; later calls raise ``StreamClosedError``."""
         self._closed = True
-        self._denoiser = self._encoder_state = self._decoder_state = self._previous = None
+        self._denoiser = self._encoder_state = self._decoder_state = None
+        self._noise.forget()
         self._pending, self._sources, self._steady_state = [], {}, SteadyState()
         self._decoding.clear()
 
@@ -260,12 +258,12 @@ class StreamSession:
     @property
     def noise_scale(self) -> float:
         """Noise scale of the latest chunk."""
-        return self._noise_scale
+        return self._noise.noise_scale
 
     @property
     def motion(self) -> float:
         """Motion score of the latest chunk."""
-        return self._motion
+        return self._noise.motion
 
     @property
     def stats(self) -> StreamStats:
@@ -287,8 +285,8 @@ class StreamSession:
             cache_slots=self.cache.describe(self.cache.num_rows - 1),
             cache_evicted=sorted(self._evicted),
             nbytes=self.nbytes,
-            noise_scale=self._noise_scale,
-            motion=self._motion,
+            noise_scale=self.noise_scale,
+            motion=self.motion,
         )
 
     # --- the stages -----------------------------------------------------------------------------------------
@@ -312,8 +310,9 @@ class StreamSession:
                 latents = self.pipe.vae.encode(pixels, self._encoder_state)[0]
             if self.options.steady:
                 self._sources[self._chunk_idx] = pixels[0]
-            noise_scale, timesteps = self._decide_noise(pixels[0], latents)
-            chunk = self._new_chunk(latents, noise_scale, timesteps, len(frames) if num_frames is None else num_frames)
+            timesteps = self._noise.decide(pixels[0], latents, self.options)
+            count = len(frames) if num_frames is None else num_frames
+            chunk = self._new_chunk(latents, self.noise_scale, timesteps, count)
         self._streams.hand_over("encode", latents)
         return EncodedChunk(chunk)
 
@@ -417,26 +416,6 @@ class StreamSession:
         self._num_out += len(out)
         return out
 
-    def _decide_noise(self, pixels: Tensor, latents: Tensor) -> tuple[float, tuple[float, ...]]:
-        """Noise scale and timesteps of the next chunk (SPEC §3)."""
-        o, schedule = self.options, self.pipe.preset.schedule
-        config = replace(self.pipe.preset.noise, enabled=o.motion_adaptive)
-        seen = latents if config.form == "paper" else pixels
-        rest = select_steps(schedule.timesteps, o.steps)[1:] if schedule.timesteps else []
-        decision = decide(
-            seen,
-            self._previous,
-            self._noise_scale,
-            config=config,
-            initial_noise_scale=o.noise_scale,
-            next_timestep=rest[0] if rest else None,
-            recent_distances=self._recent,
-        )
-        self._previous, self._recent = seen[-1].clone(), decision.recent_distances
-        self._noise_scale, self._motion = decision.noise_scale, decision.motion
-        first = float(decision.first_timestep)
-        return decision.noise_scale, tuple([first, *rest] if rest else spaced_steps(first, o.steps))
-
     def _new_chunk(self, latents: Tensor, noise_scale: float, timesteps: tuple[float, ...], count: int) -> Chunk:
         frame_ids = tuple(range(self._next_frame, self._next_frame + len(latents)))
         chunk = Chunk(
@@ -447,7 +426,7 @@ class StreamSession:
             timesteps=timesteps,
             prompt=self._prompt,
             num_frames=count,
-            motion=self._motion,
+            motion=self.motion,
             options=self.options,
             descriptor=describe_content(latents) if self.options.cache.adaptive_sink != "off" else None,
         )
@@ -463,10 +442,7 @@ class StreamSession:
         dtype = torch.promote_types(torch.float32, self.pipe.transformer.dtype)
         count = stride * n - (stride - 1 if self._next_frame == 0 else 0)
         nothing = torch.zeros(shape, device=self.pipe.device, dtype=dtype)
-        listed = self.pipe.preset.schedule.timesteps
-        trained_from_noise = bool(listed) and listed[0] == 1000
-        steps = listed[: self.options.steps] if trained_from_noise else spaced_steps(1000.0, self.options.steps)
-        return self._new_chunk(nothing, 1.0, tuple(steps), count)
+        return self._new_chunk(nothing, 1.0, self._noise.from_pure_noise(self.options.steps), count)
 
     def _check_open(self) -> None:
         if self._closed:
