@@ -35,7 +35,7 @@ from fastapi.staticfiles import StaticFiles  # noqa: E402
 from demo.compare_tab import MAX_UPLOAD_BYTES, build_compare  # noqa: E402
 from demo.transport import MAX_MESSAGE_BYTES, live_router  # noqa: E402
 from demo.ui import Choices, build_ui, page_settings, page_theme  # noqa: E402
-from streamdiff_core import LiveEngine, Preset, StreamPipeline, get_preset  # noqa: E402
+from streamdiff_core import LiveEngine, Preset, StreamPipeline, get_preset, live_routes  # noqa: E402
 from streamdiff_core.admission import AdmissionOptions  # noqa: E402
 from streamdiff_core.kv_policies import POLICIES  # noqa: E402
 from streamdiff_core.live_events import error_event  # noqa: E402
@@ -190,21 +190,7 @@ def listen(host: str, port: int | None) -> socket.socket:
     Raises:
         OSError: none is free.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for candidate in (port,) if port else PORTS:
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, candidate))
-            listener.listen()
-            return listener
-        except OSError as error:
-            listener.close()
-            last = error
-    if isinstance(last, socket.gaierror) or last.errno == 99:
-        raise OSError(f"{host} is no address of this computer; use --host 127.0.0.1 or 0.0.0.0") from last
-    taken = f"port {port} is" if port else f"ports {PORTS[0]} to {PORTS[-1]} are"
-    raise OSError(f"{taken} in use or not allowed ({last.strerror}); choose another with --port") from last
+    return live_routes.listen(host, (port,) if port else PORTS)
 
 
 def has_display() -> bool:

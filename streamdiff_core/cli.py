@@ -29,6 +29,8 @@ EXAMPLES = (
     "glowing neon outlines on black",
 )
 
+STRIP_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -56,10 +58,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         expected = isinstance(error, (ValueError, OSError, CheckpointError, StageLostError, VideoReadError))
         name = "" if expected else f"{type(error).__name__}: "
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(describe(error).split()) or type(error).__name__
         hint = "" if expected else " (--debug shows where)"
         print(f"streamdiff: {name}{message}{hint}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+
+
+def describe(error: Exception) -> str:
+    """The error's text; where the system's own lacks the remedy, a sentence that has it."""
+    if isinstance(error, OSError) and error.filename is not None:
+        if isinstance(error, FileNotFoundError):
+            return f"there is no {error.filename}; check the path"
+        if isinstance(error, PermissionError):
+            return f"no permission for {error.filename}; choose another place, or change its permissions"
+        if isinstance(error, IsADirectoryError):
+            return f"{error.filename} is a folder; name a file"
+    return str(error)
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -79,6 +93,7 @@ def run_command(args: argparse.Namespace) -> int:
     output = Path(args.output) if args.output else restyle.default_output(args.input, args.prompt)
     for target in filter(None, (str(args.output or output), args.strip, args.save_recipe)):
         check_target(target, args.input, args.overwrite)
+    check_strip(args.strip)
     settings = parse_settings([*args.settings, *([f"inputs={args.inputs}"] if args.inputs else [])])
     pipe = load(args)
     total = restyle.expected_frames(info, args.fps, args.max_seconds)
@@ -123,6 +138,7 @@ def run_recipe(args: argparse.Namespace) -> int:
         for target in filter(None, (str(output), args.strip, args.save_recipe)):
             for kept in (source, args.recipe):
                 check_target(target, kept, args.overwrite)
+        check_strip(args.strip)
         args.preset, args.prompt = recipe.preset, words
         pipe = load(args)
         with ProgressBar(recipe.num_frames, enabled=sys.stderr.isatty()) as progress:
@@ -212,8 +228,6 @@ def serve_command(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         needed = f"the service needs {error.name}, which is not installed"
         raise ValueError(f"{needed}; run: pip install 'streamdiff[serve]'") from error
-    if args.schedule or args.size:
-        raise ValueError("clients choose --schedule and --size themselves, in the options of their start message")
     token = Path(args.token_file).expanduser().read_text("utf-8").strip() if args.token_file else None
     serving.check_exposure(args.host, token)
     options = serving.ServiceOptions(
@@ -325,6 +339,14 @@ def check_target(target: str, source: str, overwrite: bool) -> None:
             raise ValueError(f"{path} exists; add --overwrite to replace it")
     elif not path.expanduser().parent.is_dir():
         raise ValueError(f"the folder {path.parent} does not exist; create it or write elsewhere")
+    if not os.access(path.expanduser().parent, os.W_OK | os.X_OK):
+        raise ValueError(f"no permission to write into the folder {path.parent}; write elsewhere")
+
+
+def check_strip(target: str | None) -> None:
+    """Refuse a strip that is no picture before any work is done."""
+    if target and Path(target).suffix.lower() not in STRIP_SUFFIXES:
+        raise ValueError(f"cannot draw the strip '{Path(target).name}': use one of {' '.join(STRIP_SUFFIXES)}")
 
 
 class ProgressBar:

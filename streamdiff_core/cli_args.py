@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from streamdiff_core import __version__
+from streamdiff_core.config import PRESETS
 
 SWITCHES = ("keep", "recache", "flush", "reset", "cut", "fade")
 POLICIES, SCHEDULES = (
@@ -18,6 +19,7 @@ POLICIES, SCHEDULES = (
 )
 """Read off the files, so that ``--help`` need not import them."""
 DTYPES = ("auto", "float32", "bfloat16", "float64")
+TINY = PRESETS["tiny"]
 QUANTISATIONS = ("int8", "fp8", "w8a8")
 
 
@@ -26,19 +28,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="streamdiff", description="Live video-to-video diffusion.")
     parser.add_argument("--version", action="version", version=f"streamdiff {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    common = argparse.ArgumentParser(add_help=False)
+    running = argparse.ArgumentParser(add_help=False)
+    running.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common = argparse.ArgumentParser(add_help=False, parents=[running])
     common.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    model = _model_options()
-    _add_run(commands.add_parser("run", parents=[common, model], help="restyle a video", epilog=RUN_NOTES))
+    model, shape = _model_options(), _shape_options()
+    _add_run(commands.add_parser("run", parents=[common, model, shape], help="restyle a video", epilog=RUN_NOTES))
     _add_compare(
         commands.add_parser(
-            "compare", parents=[common, model], help="several settings side by side", epilog=COMPARE_NOTES
+            "compare", parents=[common, model, shape], help="several settings side by side", epilog=COMPARE_NOTES
         )
     )
-    _add_bench(commands.add_parser("bench", parents=[common, model], help="measure speed, FLOPs and MFU here"))
-    _add_demo(commands.add_parser("demo", parents=[common], help="open the live app in the browser"))
-    _add_serve(commands.add_parser("serve", parents=[common, model], help="serve streams to programs (WebSocket)"))
+    _add_bench(commands.add_parser("bench", parents=[common, model, shape], help="measure speed, FLOPs and MFU here"))
+    _add_demo(commands.add_parser("demo", parents=[running], help="open the live app in the browser"))
+    _add_serve(
+        commands.add_parser(
+            "serve", parents=[running, model], help="serve streams to programs (WebSocket)", epilog=SERVE_NOTES
+        )
+    )
     doctor = commands.add_parser("doctor", parents=[common], help="check this installation and machine")
     doctor.set_defaults(command="doctor")
     _add_embed(
@@ -55,39 +62,49 @@ def _model_options() -> argparse.ArgumentParser:
     """What every command takes that loads a model."""
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--preset", default="tiny", help="see `streamdiff presets` (default %(default)s)")
-    model.add_argument("--schedule", choices=SCHEDULES, help="order of the denoising steps (default: the preset's)")
-    model.add_argument(
-        "--size",
-        type=parse_size,
-        metavar="WxH",
-        help="size (default: run keeps the input's shape, bench takes the preset's)",
-    )
     model.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     model.add_argument("--dtype", default="auto", choices=DTYPES, help="number type of the model (default auto)")
     model.add_argument(
         "--weights",
         metavar="PATH",
-        help="folder of .safetensors for tiny; transformer checkpoint for full-size presets",
+        help="folder of .safetensors for tiny; transformer checkpoint for full-size presets (default: the "
+        "preset's own)",
     )
-    model.add_argument("--vae", default="wan", metavar="FILE", help="full-size presets: a TAEHV instead of Wan's VAE")
+    model.add_argument(
+        "--vae", default="wan", metavar="FILE", help="full-size presets: wan, or a TAEHV's file (default wan)"
+    )
     model.add_argument(
         "--lora",
         action="append",
         default=[],
         type=lora_strength,
         metavar="FILE[=STRENGTH]",
-        help="merge a LoRA; may be repeated",
+        help="merge a LoRA, with this strength (default 1); may be repeated",
     )
     model.add_argument(
         "--quantise",
         choices=QUANTISATIONS,
         help="weights in int8 or fp8 (needs torchao), or "
-        "weights and activations in 8 bits (w8a8: preset tiny, CPU with VNNI)",
+        "weights and activations in 8 bits (w8a8: preset tiny, CPU with VNNI); default neither",
     )
     model.add_argument("--compile", action="store_true", help="torch.compile the transformer: slow start")
     model.add_argument("--cuda-graphs", action="store_true", help="record and replay forwards (GPU; not measured)")
     model.add_argument("--threads", type=positive(int), help="CPU threads (default: PyTorch's choice)")
     return model
+
+
+def _shape_options() -> argparse.ArgumentParser:
+    """What a command takes that makes a stream itself."""
+    shape = argparse.ArgumentParser(add_help=False)
+    shape.add_argument("--schedule", choices=SCHEDULES, help="order of the denoising steps (default: the preset's)")
+    shape.add_argument(
+        "--size",
+        type=parse_size,
+        metavar="WxH",
+        help="pixels, multiples of 16 from 64 on (default: run and compare keep the input's shape, bench takes the "
+        "preset's)",
+    )
+    return shape
 
 
 RUN_NOTES = (
@@ -105,7 +122,7 @@ def _add_run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--save-recipe", metavar="JSON", help="also write the recipe (every .mp4 carries it anyway)")
     p.add_argument("-p", "--prompt", help="the style in your own words")
     p.add_argument("--prompt-at", type=parse_prompt_at, action="append", default=[], metavar="SECONDS=PROMPT",
-                   help="change the prompt at this time of the clip; may be repeated")  # fmt: skip
+                   help="change the prompt so many seconds into the clip; may be repeated")  # fmt: skip
     p.add_argument("--on-switch", default="keep", choices=SWITCHES, help="the cache at such a change (default keep)")
     p.add_argument(
         "-o",
@@ -114,23 +131,29 @@ def _add_run(p: argparse.ArgumentParser) -> None:
         help=".mp4 .mov .mkv .webm .gif or folder/ (default: named after both)",
     )
     p.add_argument("-y", "--overwrite", action="store_true", help="replace an existing output")
-    p.add_argument("--steps", type=int, help="denoising steps: more is closer to the style, and slower")
-    p.add_argument("--noise-scale", type=float, help="freedom from the input, above 0 up to 1")
+    p.add_argument("--steps", type=positive(int), help="denoising steps: more is closer to the style, and slower "
+                   f"(default: the preset's; tiny {TINY.schedule.default_steps})")  # fmt: skip
+    p.add_argument("--noise-scale", type=float, help="freedom from the input, above 0 up to 1 (default: the preset's; "
+                   f"tiny {TINY.noise_scale})")  # fmt: skip
     p.add_argument("--no-motion", action="store_true", help="same noise in fast scenes as in still ones")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
     p.add_argument("--policy", default="sink", choices=POLICIES, help="what the cache keeps (default sink)")
-    p.add_argument("--sinks", type=int, help="first latent frames kept for good (1 latent frame = 4 frames)")
-    p.add_argument("--window", type=int, help="latest latent frames kept")
-    p.add_argument("--inputs", metavar="RULE[+RULE…]", help="rules of the input side, such as freeze+rcfg")
+    p.add_argument("--sinks", type=int, help="first latent frames kept for good (1 latent frame = 4 frames; default: "
+                   f"the preset's; tiny {TINY.cache.sink_frames})")  # fmt: skip
+    window = f"latest latent frames kept (default: the preset's; tiny {TINY.cache.window_frames})"
+    p.add_argument("--window", type=int, help=window)
+    p.add_argument(
+        "--inputs", metavar="RULE[+RULE…]", help="rules of the input side, such as freeze+rcfg (default none)"
+    )
     _add_set(p)
     _add_overlap(p)
     p.add_argument("--clean-pass", action="store_true", help="rewrite the cache with clean frames (sequential only)")
     p.add_argument("--side-by-side", action="store_true", help="write the input beside the result")
     p.add_argument("--strip", metavar="PNG", help="also draw six moments before and after")
-    p.add_argument("--max-seconds", type=positive(float), help="stop after this much of the input")
-    p.add_argument("--fps", type=positive(float), help="resample the input to this frame rate")
+    p.add_argument("--max-seconds", type=positive(float), help="seconds of the input to use (default: all)")
+    p.add_argument("--fps", type=positive(float), help="frames per second to resample the input to (default: its own)")
     p.add_argument("--stages", type=positive(int), metavar="N",
-                   help="spread the model over N processes (or GPUs); under torchrun: its ranks")  # fmt: skip
+                   help="processes (or GPUs) that share the model (default 1; under torchrun: its ranks)")  # fmt: skip
 
 
 COMPARE_NOTES = (
@@ -148,12 +171,12 @@ def _add_compare(p: argparse.ArgumentParser) -> None:
     _add_set(p)
     p.add_argument("-p", "--prompt", help="the style in your own words")
     p.add_argument("--prompt-at", type=parse_prompt_at, action="append", default=[], metavar="SECONDS=PROMPT",
-                   help="change the prompt at this time of the clip; may be repeated")  # fmt: skip
+                   help="change the prompt so many seconds into the clip; may be repeated")  # fmt: skip
     p.add_argument("--on-switch", default="keep", choices=SWITCHES, help="the cache at such a change (default keep)")
     p.add_argument("--recipe", metavar="JSON", help="make this comparison again: the recipe.json in its folder")
     p.add_argument("-o", "--output", metavar="FOLDER", required=True, help="where everything goes")
-    p.add_argument("--max-seconds", type=positive(float), help="stop after this much of the input")
-    p.add_argument("--fps", type=positive(float), help="resample the input to this frame rate")
+    p.add_argument("--max-seconds", type=positive(float), help="seconds of the input to use (default: all)")
+    p.add_argument("--fps", type=positive(float), help="frames per second to resample the input to (default: its own)")
     p.add_argument("--clip", metavar="FOLDER", help="also score against the prompt with a CLIP model in this folder")
 
 
@@ -175,7 +198,7 @@ def _add_bench(p: argparse.ArgumentParser) -> None:
     p.add_argument("--random-weights", action="store_true", help="untrained weights: same speed, no files needed")
     p.add_argument("--shrink", type=positive(int), default=1, metavar="K",
                    help="full-size preset with random weights: divide layers, heads, widths, VAE channels and picture "
-                   "side by K, to run on a CPU")  # fmt: skip
+                   "side by K, to run on a CPU (default 1: as it is)")  # fmt: skip
     p.add_argument("--no-eager", action="store_true", help="leave out the comparison with float32 eager")
     p.add_argument("--report", nargs="?", const="", metavar="PATH",
                    help="write Markdown (default benchmarks/results/PRESET_HARDWARE_YYYYMM.md)")  # fmt: skip
@@ -205,31 +228,44 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="number type of the model (default auto)")
     p.add_argument("--weights", metavar="FOLDER", help="transformer, vae and text_encoder .safetensors to use")
-    p.add_argument("--threads", type=positive(int), help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--threads", type=positive(int), help="CPU threads (default: all cores but one, for the browser)")
     p.add_argument("--host", help="address to listen on (default this computer only; 0.0.0.0 for all)")
-    p.add_argument("--port", type=positive(int), help="default: the first free one from 7860 on")
+    p.add_argument("--port", type=port, help="port to listen on (default: the first free one from 7860 on)")
     p.add_argument("--no-browser", action="store_true", help="only print the address")
     p.add_argument("--max-streams", type=positive(int), default=4,
                    help="viewers at a time, others wait in line (default %(default)s)")  # fmt: skip
-    p.add_argument("--max-minutes", type=positive(float), help="end a viewer's stream after so long (default: never)")
+    p.add_argument("--max-minutes", type=positive(float), help="end a viewer's stream after so many minutes "
+                   "(default: never)")  # fmt: skip
+
+
+SERVE_NOTES = (
+    "Each client chooses prompt, size, steps, schedule and all other settings of its stream in its start message: "
+    "docs/live_protocol.md."
+)
 
 
 def _add_serve(p: argparse.ArgumentParser) -> None:
     p.set_defaults(command="serve")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default this computer only)")
-    p.add_argument("--port", type=positive(int), default=8000, help="default %(default)s")
+    p.add_argument("--port", type=port, default=8000, help="port to listen on (default %(default)s)")
     p.add_argument("--token-file", metavar="FILE", help="clients must show what is in it; needed for other computers")
     p.add_argument("--max-streams", type=positive(int), default=16, help="streams at a time (default %(default)s)")
     p.add_argument("--max-waiting", type=positive(int), default=16, help="streams in line (default %(default)s)")
     p.add_argument("--max-connections", type=positive(int), default=64, help="open sockets (default %(default)s)")
-    p.add_argument("--idle-seconds", type=positive(float), default=60.0, help="close a silent socket (default 60)")
-    p.add_argument("--max-minutes", type=positive(float), help="end a stream after so long (default: never)")
+    p.add_argument(
+        "--idle-seconds",
+        type=positive(float),
+        default=60.0,
+        help="close a socket that sends nothing for so many seconds (default 60)",
+    )
+    p.add_argument("--max-minutes", type=positive(float), help="end a stream after so many minutes (default: never)")
     p.add_argument(
         "--ray",
         nargs="?",
         const="local",
         metavar="ADDRESS",
-        help="engine replicas under Ray Serve: on this computer, or of a cluster (auto, HOST:PORT)",
+        help="engine replicas under Ray Serve: on this computer, or of a cluster (auto, HOST:PORT); default: one "
+        "engine without Ray",
     )
     p.add_argument(
         "--replicas",
@@ -267,8 +303,8 @@ def parse_prompt_at(text: str) -> tuple[float, str]:
 def parse_counts(text: str) -> tuple[int, ...]:
     """``1,2,4`` -> (1, 2, 4)."""
     parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: write one number or several, as in 1,2,4")
+    if not all(part.strip().isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: write one number above 0 or several, as in 1,2,4")
     return tuple(int(part) for part in parts)
 
 
@@ -283,6 +319,13 @@ def lora_strength(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"the strength in {text!r} is no number; write e.g. {path}=0.8") from None
 
 
+def port(text: str) -> int:
+    """A TCP port."""
+    if not (text.isdecimal() and 0 < int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; write a number from 1 to 65535")
+    return int(text)
+
+
 def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     """An argument type that accepts only finite numbers above 0."""
 
@@ -292,7 +335,8 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
         except ValueError:
             value = 0
         if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+            number = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a {number} above 0, got {text!r}")
         return value
 
     return parse

@@ -80,7 +80,7 @@ def _from_recipe(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple
     if extra := [name for name in GIVEN_BY_RECIPE if getattr(args, name)]:
         named = ", ".join("--" + name.replace("settings", "set").replace("_", "-") for name in extra)
         raise ValueError(f"the recipe already sets what {named} would; leave that out, or edit the recipe's JSON")
-    comparison = Comparison.from_json(Path(args.recipe).expanduser().read_text(encoding="utf-8"))
+    comparison = Comparison.from_json(Path(args.recipe).expanduser().read_bytes())
     source = args.input or stack.enter_context(recipe_input(comparison.base, args.recipe))
     args.preset = comparison.base.preset
     pipe = cli.load(args)

@@ -59,7 +59,7 @@ class Comparison:
         return json.dumps(values, indent=1, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Comparison:
+    def from_json(cls, text: str | bytes) -> Comparison:
         """Read ``to_json``'s text, strictly.
 
         Raises:
@@ -69,6 +69,8 @@ class Comparison:
             values = json.loads(text)
         except ValueError as error:
             raise ValueError(f"the comparison's recipe is no JSON ({error}); take one that compare wrote") from error
+        if isinstance(values, dict) and "base" not in values and "preset" in values:
+            raise ValueError("this is the recipe of one video; make it again with: streamdiff run --recipe")
         if isinstance(values, dict) and isinstance(values.get("base"), dict):
             values = values | {"base": Recipe.from_json(json.dumps(values["base"]))}
         return from_plain(cls, values, "comparison")

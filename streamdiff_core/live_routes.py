@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 from urllib.parse import urlsplit
@@ -115,6 +117,29 @@ async def read(socket: WebSocket, connection: Connection, idle_s: float | None =
             raise WebSocketDisconnect(message.get("code", 1000))
         content = message.get("bytes")
         await connection.receive(message.get("text", "") if content is None else content)
+
+
+def listen(host: str, ports: Sequence[int]) -> socket.socket:
+    """A listening socket on the first free port.
+
+    Raises:
+        OSError: none is free, or the address is not one of this computer.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in ports:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen()
+            return listener
+        except OSError as error:
+            listener.close()
+            last = error
+    if isinstance(last, socket.gaierror) or last.errno == errno.EADDRNOTAVAIL:
+        raise OSError(f"{host} is no address of this computer; use --host 127.0.0.1 or 0.0.0.0") from last
+    taken = f"port {ports[0]} is" if len(ports) == 1 else f"ports {ports[0]} to {ports[-1]} are"
+    raise OSError(f"{taken} in use or not allowed ({last.strerror}); choose another with --port") from last
 
 
 def is_same_origin(socket: WebSocket) -> bool:

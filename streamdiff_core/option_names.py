@@ -36,7 +36,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """
     name, values = parse_variation(text)
     if len(values) != 1:
-        raise ValueError(f"{text!r} sets {name} to {len(values)} values; give one")
+        join = ", or join rules as in freeze+rcfg" if name == "inputs" else ""
+        raise ValueError(f"{text!r} sets {name} to {len(values)} values; give one{join}")
     return name, values[0]
 
 

@@ -140,6 +140,8 @@ class Recipe:
             values = json.loads(text)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"the recipe is no JSON ({error}); save it again from where it was made") from error
+        if isinstance(values, dict) and "base" in values:
+            raise ValueError("this is the recipe of a comparison; make it again with: streamdiff compare --recipe")
         if isinstance(values, dict) and isinstance(values.get("events"), list):
             values = values | {"events": [_event(f"recipe.events[{i}]", e) for i, e in enumerate(values["events"])]}
         return from_plain(cls, values, "recipe")

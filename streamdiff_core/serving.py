@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from fastapi.responses import JSONResponse
 from streamdiff_core import __version__
 from streamdiff_core.admission import AdmissionOptions
 from streamdiff_core.live_engine import LiveEngine
-from streamdiff_core.live_routes import MAX_MESSAGE_BYTES, live_router
+from streamdiff_core.live_routes import MAX_MESSAGE_BYTES, listen, live_router
 from streamdiff_core.pipeline import StreamPipeline
 
 GAUGES = {
@@ -218,7 +217,7 @@ def serve(
         OSError: the port is taken, or the address is not one of this computer.
     """
     check_exposure(host, options.token)
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener = listen(host, (port,))
     address, chosen = listener.getsockname()[:2]
     print(f"streamdiff serve: ws://{address}:{chosen}/stream  (Ctrl-C ends it)", flush=True)
     DrainingServer(create_service(load, options), options.drain_s).run(sockets=[listener])

@@ -103,6 +103,8 @@ def test_missing_prompt_shows_three_examples(room: Path, capsys: pytest.CaptureF
         (["-o", "clip.mp4", "-y"], 2, "is the input"),
         (["--strip", "clip.mp4", "-y"], 2, "is the input"),
         (["--weights", "nowhere"], 1, "no such file"),
+        (["--strip", "strip.txt"], 2, "use one of .png"),
+        (["--inputs", "freeze,rcfg"], 2, "join rules as in freeze+rcfg"),
     ],
 )
 def test_errors_are_one_line(room: Path, capsys: pytest.CaptureFixture, args: list[str], code: int, words: str) -> None:
@@ -129,6 +131,46 @@ def test_an_existing_output_is_kept_unless_asked(room: Path, capsys: pytest.Capt
     assert probe(room / "o.mp4").num_frames == 10
 
 
+@pytest.mark.parametrize("option", ["-o", "--strip", "--save-recipe"])
+def test_a_folder_without_permission_is_refused_before_the_model_loads(
+    room: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """The tests may run as root, who may write everywhere."""
+    (room / "kept").mkdir()
+    monkeypatch.setattr("streamdiff_core.cli.load", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "kept")
+    assert run("--prompt", "ink", option, {"--save-recipe": "kept/r.json"}.get(option, "kept/o.png")) == 2
+    assert "no permission to write into the folder kept" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "words"),
+    [
+        (["run", "--recipe", "gone.json"], None, "there is no gone.json; check the path"),
+        (["run", "--recipe", "folder.json"], None, "folder.json is a folder; name a file"),
+        (["serve", "--token-file", "gone.txt"], None, "there is no gone.txt; check the path"),
+        (["presets"], PermissionError(13, "Permission denied", "o.gif"), "no permission for o.gif; choose another"),
+    ],
+)
+def test_errors_of_the_system_get_a_remedy(
+    room: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    args: list[str],
+    error: OSError | None,
+    words: str,
+) -> None:
+    def refuse(_: object) -> int:
+        raise error
+
+    (room / "folder.json").mkdir()
+    if error:
+        monkeypatch.setattr("streamdiff_core.cli.presets_command", refuse)
+    assert main(args) == 1
+    line = one_line(capsys.readouterr().err)
+    assert words in line and "Errno" not in line
+
+
 def test_debug_shows_the_error(room: Path) -> None:
     with pytest.raises(ValueError, match="steps"):
         run("--prompt", "ink", "--steps", "9", "--debug")
@@ -151,6 +193,8 @@ def test_ctrl_c_keeps_what_is_done(room: Path, capsys: pytest.CaptureFixture, mo
         [], ["dance"], ["run", "sample", "--size", "big"], ["run", "sample", "--schedule", "none"],
         ["run", "sample", "--fps", "0"], ["run", "sample", "--max-seconds", "nan"],
         ["run", "sample", "--prompt-at", "soon=ink"], ["run", "sample", "--prompt-at", "2="], ["bench", "--steps", "a"],
+        ["bench", "--steps", "0"], ["run", "sample", "--steps", "two"], ["demo", "--port", "99999"], ["demo", "--json"],
+        ["serve", "--port", "0"], ["serve", "--size", "256x256"],
     ],
 )  # fmt: skip
 def test_wrong_use_is_code_2(args: list[str], capsys: pytest.CaptureFixture) -> None:

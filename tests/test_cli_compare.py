@@ -52,6 +52,7 @@ def test_a_failed_cell_is_exit_code_1(room: Path, capsys: pytest.CaptureFixture)
         ([*PENCIL, "--vary", "steps=1,2", "--set", "steps=2"], "both fixed and varied"),
         ([*PENCIL, "--vary", "steps=1,2", "--clip", "weights"], "holds no CLIP model"),
         (["--recipe", "r.json", "--vary", "steps=1,2", "--set", "seed=1"], "already sets what --vary, --set would"),
+        (["--recipe", "clip.mp4"], "take one that compare wrote"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(

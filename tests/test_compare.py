@@ -22,7 +22,7 @@ from streamdiff_core.compare_plan import Comparison, check_fair, make_cells, pla
 from streamdiff_core.compare_scores import FIGURES, CellScorer, InputMotion, motion_kept, style_of, summarise
 from streamdiff_core.metrics import estimate_flow
 from streamdiff_core.pipeline import StreamPipeline
-from streamdiff_core.recipe import OptionEvent
+from streamdiff_core.recipe import OptionEvent, Recipe
 from streamdiff_core.training.prompts import DEFAULT_PROMPTS, HELD_OUT_PROMPTS
 from streamdiff_core.video_io import read_video
 
@@ -216,6 +216,10 @@ def test_recipe_is_read_strictly(pipe: StreamPipeline, clip: Path) -> None:
     assert comparison.to_json() == text and comparison.base.events[0].frame == 5
     with pytest.raises(ValueError, match="no JSON"):
         Comparison.from_json("{")
+    with pytest.raises(ValueError, match="streamdiff run --recipe"):
+        Comparison.from_json(comparison.base.to_json())
+    with pytest.raises(ValueError, match="streamdiff compare --recipe"):
+        Recipe.from_json(text)
     with pytest.raises(ValueError, match="unknown field 'extra'"):
         Comparison.from_json(json.dumps(json.loads(text) | {"extra": 1}))
     with pytest.raises(ValueError, match="unknown policy 'sunk'"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import numpy as np
 import pytest
 from identity_pipeline import IdentityPipeline
@@ -9,6 +11,7 @@ from live_client import FRAMES, Service
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from streamdiff_core.cli import main
+from streamdiff_core.live_routes import listen
 from streamdiff_core.serving import ServiceOptions, check_exposure
 
 TOKEN = "0123456789abcdef"
@@ -100,9 +103,17 @@ def test_other_computers_need_a_token(capsys):
     with pytest.raises(ValueError, match="16 characters"):
         check_exposure("127.0.0.1", "short")
     assert main(["serve", "--host", "0.0.0.0"]) == 2 and "token-file" in capsys.readouterr().err
-    assert main(["serve", "--size", "64x64"]) == 2 and "start message" in capsys.readouterr().err
     with pytest.raises(ValueError, match="at least 1"):
         ServiceOptions(max_streams=0)
+
+
+def test_a_taken_port_or_a_foreign_address_is_one_line(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        assert main(["serve", "--port", str(number)]) == 1
+    assert f"port {number} is in use" in (line := capsys.readouterr().err) and "--port" in line and "Errno" not in line
+    with pytest.raises(OSError, match="203.0.113.7 is no address of this computer; use --host"):
+        listen("203.0.113.7", (7999,))
 
 
 def test_silent_and_surplus_connections_are_closed():
