@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from streamdiff_core.live_routes import listen
 from streamdiff_core.pipeline import StreamPipeline
 from streamdiff_core.serving import ServiceOptions, check_exposure
 
@@ -66,6 +67,7 @@ class RayService:
 
     Raises:
         ValueError: other computers could connect without a token.
+        OSError: the port is taken, or the address is not one of this computer (on a cluster: Ray's RuntimeError).
         ConnectionError: there is no cluster at the address.
         RuntimeError: the replicas do not come up; Ray's reason is in the text.
     """
@@ -81,6 +83,8 @@ class RayService:
     ) -> None:
         check_exposure(host, options.token)
         self._is_local, self._is_closed = ray_options.address == "local", False
+        if self._is_local:  # Ray's own answer to a taken port comes late and is long
+            listen(host, (port,)).close()
         connect(ray_options)
         from ray import serve
 
@@ -170,7 +174,7 @@ def serve(
     """Run the service until a signal.
 
     Raises:
-        ValueError, ConnectionError, RuntimeError: as for ``RayService``.
+        ValueError, OSError, RuntimeError: as for ``RayService``.
     """
     stop = threading.Event()
     service = RayService(load, host=host, port=port, options=options, ray_options=ray_options)

@@ -146,6 +146,12 @@ def test_what_cannot_work_is_said(monkeypatch, capsys):
     assert main(["serve", "--ray"]) == 2 and "pip install 'streamdiff[ray]'" in capsys.readouterr().err
 
 
+def test_a_taken_port_is_told_before_ray_starts(monkeypatch):
+    monkeypatch.setattr(ray_service, "connect", lambda options: pytest.fail("Ray was started"))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="is in use .*--port"):
+        RayService(load, port=taken.getsockname()[1])
+
+
 @needs_ray
 def test_ray_ends_when_it_cannot_even_listen(monkeypatch):
     """The reason then is Ray's own: there is no deployment yet that could tell one."""
