@@ -108,6 +108,8 @@ class StreamPipeline:
         """
         preset, ranges = get_preset(name), None
         if quantisation == "w8a8":  # what cannot be done is said before a download
+            if not preset.bundled:
+                raise ValueError("quantisation 'w8a8' is for `tiny`; full-size presets take int8 or fp8")
             ranges = load_ranges(_folder(preset, weights) / RANGES_FILE, pick_device(device))
         elif quantisation:
             check_kind(quantisation)
@@ -288,6 +290,8 @@ def load_preset(
             quantisation=quantisation,
             part=part,
         )
+    if str(vae) != "wan":
+        raise ValueError(f"preset {preset.name!r} has a VAE of its own; leave out vae={str(vae)!r}")
     folder = _folder(preset, weights)
     with torch.device("meta"):  # no time spent on random weights that are overwritten at once
         transformer, small_vae, text = (

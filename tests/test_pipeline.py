@@ -191,6 +191,8 @@ def test_presets_that_cannot_be_loaded():
         StreamPipeline.from_preset("huge")
     with pytest.raises(CheckpointError, match="use 'tiny'"):
         StreamPipeline.from_preset("wan-1.3b")
+    with pytest.raises(ValueError, match="'tiny' has a VAE of its own; leave out vae='taew2_1.pth'"):
+        StreamPipeline.from_preset("tiny", vae="taew2_1.pth")
 
 
 def test_devices_and_dtypes(monkeypatch):
