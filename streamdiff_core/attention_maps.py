@@ -54,6 +54,7 @@ class _WatchedView(CacheView):
     """A cache view that keeps the attention probabilities of some layers."""
 
     def watch(self, layers: Sequence[int]) -> _WatchedView:
+        """Keep those of these layers from now on, ``probs`` [n, L, N] by layer."""
         self.probs: dict[int, Tensor] = {}
         self._layers = layers
         return self

@@ -29,8 +29,6 @@ EXAMPLES = (
     "glowing neon outlines on black",
 )
 
-STRIP_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -345,8 +343,10 @@ def check_target(target: str, source: str, overwrite: bool) -> None:
 
 def check_strip(target: str | None) -> None:
     """Refuse a strip that is no picture before any work is done."""
-    if target and Path(target).suffix.lower() not in STRIP_SUFFIXES:
-        raise ValueError(f"cannot draw the strip '{Path(target).name}': use one of {' '.join(STRIP_SUFFIXES)}")
+    from streamdiff_core.video_io import IMAGE_SUFFIXES
+
+    if target and Path(target).suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"cannot draw the strip '{Path(target).name}': use one of {' '.join(IMAGE_SUFFIXES)}")
 
 
 class ProgressBar:

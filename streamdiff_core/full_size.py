@@ -22,6 +22,7 @@ from streamdiff_core.parallel.stage import StagePart
 from streamdiff_core.taehv import TAEHV, published_weights
 from streamdiff_core.types import CheckpointError
 from streamdiff_core.umt5 import UMT5Encoder
+from streamdiff_core.weight_files import find_file
 from streamdiff_core.weights import load_checkpoint, load_wan_vae
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ def load_modules(
     """
     if part is None:
         check_memory(preset, device, device_was_named, quantisation=quantisation, vae=str(vae))
+    if str(vae) != "wan":
+        find_file(vae)  # a missing one is told before the download
     source = preset.source
     checkpoint = Path(weights) if weights else _fetch(source.repo, [source.file])[source.file]
     transformer = empty_transformer(preset, dtype)

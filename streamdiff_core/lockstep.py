@@ -55,6 +55,7 @@ class _Part:
     is_done: bool = False
 
     def end(self, result: Any) -> None:
+        """It returned this, or failed with it."""
         self.result, self.is_done, self.rows = result, True, []
 
     def fail(self, error: Exception) -> None:

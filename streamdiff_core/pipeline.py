@@ -40,6 +40,7 @@ from streamdiff_core.text import TinyTextEncoder
 from streamdiff_core.types import StreamingVAE, TextEncoder
 from streamdiff_core.vae import TinyVAE
 from streamdiff_core.wan_vae import WanVAE
+from streamdiff_core.weight_files import find_file
 from streamdiff_core.weights import hash_weights, load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -113,9 +114,10 @@ class StreamPipeline:
             ranges = load_ranges(_folder(preset, weights) / RANGES_FILE, pick_device(device))
         elif quantisation:
             check_kind(quantisation)
+        loras = [(find_file(source), strength) for source, strength in (lora or {}).items()]
         modules = load_preset(preset, device=device, dtype=dtype, weights=weights, vae=vae, quantisation=quantisation)
-        for source, strength in (lora or {}).items():
-            logger.info("%s", merge_lora(modules[0], source, strength))
+        for file, strength in loras:
+            logger.info("%s", merge_lora(modules[0], file, strength))
         pipe = cls.from_modules(preset, *modules)
         if ranges is not None:
             use_int8(pipe.transformer, ranges)
@@ -279,17 +281,10 @@ def load_preset(
     place = pick_device(device)
     number = pick_dtype(dtype, place)
     if not preset.bundled:
-        named = device != "auto"
         return load_modules(
-            preset,
-            place,
-            number,
-            device_was_named=named,
-            weights=weights,
-            vae=vae,
-            quantisation=quantisation,
-            part=part,
-        )
+            preset, place, number, device_was_named=device != "auto", weights=weights, vae=vae,
+            quantisation=quantisation, part=part,
+        )  # fmt: skip
     if str(vae) != "wan":
         raise ValueError(f"preset {preset.name!r} has a VAE of its own; leave out vae={str(vae)!r}")
     folder = _folder(preset, weights)

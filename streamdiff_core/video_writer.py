@@ -151,6 +151,7 @@ class _EncodedFile:
         self._container = None
 
     def add(self, frame: np.ndarray) -> None:
+        """The next picture, uint8 [H, W, 3]; odd sides get a row or column more."""
         import av
         from av.video.reformatter import Colorspace
 
@@ -183,6 +184,7 @@ class _EncodedFile:
         context.color_range = 1  # limited ("TV") range
 
     def close(self) -> None:
+        """Write what the encoder still holds."""
         if self._container is not None:
             try:
                 self._container.mux(self._stream.encode(None))
@@ -221,11 +223,13 @@ class _Gif:
         self._pictures = []
 
     def add(self, frame: np.ndarray) -> None:
+        """The next picture, uint8 [H, W, 3]."""
         from PIL import Image
 
         self._pictures.append(Image.fromarray(frame).quantize(256, dither=Image.Dither.FLOYDSTEINBERG))
 
     def close(self) -> None:
+        """Write them all, if there are any."""
         if self._pictures:
             ends = [round(100 * (i + 1) / self._rate) for i in range(len(self._pictures))]
             shown_ms = [10 * max(1, end - start) for start, end in zip([0, *ends], ends, strict=False)]
@@ -240,6 +244,7 @@ class _PngFolder:
         self._path, self._count = path, 0
 
     def add(self, frame: np.ndarray) -> None:
+        """The next picture, uint8 [H, W, 3]."""
         from PIL import Image
 
         self._path.mkdir(exist_ok=True)

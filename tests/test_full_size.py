@@ -146,6 +146,13 @@ def test_quantisation_that_cannot_be_is_refused_before_the_download(hub, quantis
     assert hub.transfers == []
 
 
+@pytest.mark.parametrize("files", [{"lora": {"gone.safetensors": 1.0}}, {"vae": "gone.safetensors"}])
+def test_a_missing_lora_or_vae_is_told_before_the_download(hub, files):
+    with pytest.raises(CheckpointError, match="gone.safetensors"):
+        StreamPipeline.from_preset("wan-1.3b", device="cpu", **files)
+    assert hub.transfers == []
+
+
 def test_lora_and_quantisation_reach_the_transformer(hub, tmp_path):
     plain = StreamPipeline.from_preset("wan-1.3b", device="cpu", dtype="float32").transformer
     down, up = torch.randn(2, 32), torch.randn(32, 2)
