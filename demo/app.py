@@ -81,6 +81,7 @@ def create_app(
 
     rules = AdmissionOptions(guaranteed=2, max_waiting=max_waiting) if max_waiting else None
     limits = {"max_streams": max_streams, "idle_s": idle_s, "lifetime_s": lifetime_s, "admission": rules}
+    list_mechanisms()  # parses sources, which CPython 3.11 cannot do while the model's thread prints a traceback
     engine = LiveEngine(pipe or load, **limits)
     if to_cpu:
         words = "This server has no GPU, so the model runs on its CPU."

@@ -24,6 +24,7 @@ import inspect
 import re
 import sys
 import textwrap
+from functools import cache
 from typing import Any
 
 from streamdiff_core.config import PRESETS
@@ -105,8 +106,9 @@ class Mechanism:
     """False where it waits for weights of its own."""
 
 
-def list_mechanisms() -> list[Mechanism]:
-    """All mechanisms: policies, schedules, input side, and those that wait for weights."""
+@cache
+def list_mechanisms() -> tuple[Mechanism, ...]:
+    """All mechanisms: policies, schedules, input side, and those that wait for weights. Sources are read once."""
     registries = (("policy", POLICIES), ("schedule", SCHEDULES), ("input", INPUTS), ("switch", SWITCH_RULES))
     found = [describe(name, kind, cls) for kind, known in registries for name, cls in sorted(known.items())]
     waiting = [
@@ -116,7 +118,7 @@ def list_mechanisms() -> list[Mechanism]:
         )
         for name, (title, paper, reason) in WAITING.items()
     ]  # fmt: skip
-    return found + waiting
+    return tuple(found + waiting)
 
 
 def describe(name: str, kind: str, cls: type) -> Mechanism:

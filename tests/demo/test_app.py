@@ -17,6 +17,7 @@ from identity_pipeline import IdentityPipeline
 
 from demo import app
 from streamdiff_core.cli import main
+from streamdiff_core.mechanisms import list_mechanisms
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -91,3 +92,16 @@ def test_it_runs_as_a_script_and_asks_nobody_else(command):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     assert "Traceback" not in errors and process.returncode in (0, 130)
+
+
+def test_sources_are_parsed_before_the_model_s_thread_begins(monkeypatch):
+    """CPython 3.11 parses in one thread at a time (SystemError), and printing a traceback parses too."""
+    list_mechanisms.cache_clear()
+
+    def engine(*args, **kwargs):
+        assert list_mechanisms.cache_info().currsize == 1
+        raise InterruptedError
+
+    monkeypatch.setattr(app, "LiveEngine", engine)
+    with pytest.raises(InterruptedError):
+        app.create_app()
