@@ -175,6 +175,7 @@ class StreamPipeline:
         latent_frames_per_chunk: int | None = None,
         input_options: Mapping[str, Any] | None = None,
         steady: bool | None = None,
+        guided: bool | None = None,
         mode: str = "v2v",
         deadline_ms: float | None = None,
     ) -> StreamSession:
@@ -205,6 +206,7 @@ class StreamPipeline:
             else latent_frames_per_chunk,
             input_options=deepcopy(input_options or {}),
             steady=p.steady is not None if steady is None else steady,
+            guided=p.vae.guide_width > 0 if guided is None else guided,
             mode=mode,
             deadline_ms=deadline_ms,
         )
@@ -342,6 +344,7 @@ def cpu_has_bf16() -> bool:
 
 def cast_vae(vae: TinyVAE, device: torch.device, dtype: torch.dtype) -> TinyVAE:
     """Convolutions in ``dtype``; the linear map stays in float32, where it is exact and cheap."""
-    for module in (vae.stem, vae.blocks, vae.detail):
-        module.to(dtype=dtype, memory_format=torch.channels_last)
+    for module in (vae.stem, vae.blocks, vae.detail, vae.guide):
+        if module is not None:
+            module.to(dtype=dtype, memory_format=torch.channels_last)
     return vae.to(device)

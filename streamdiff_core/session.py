@@ -24,7 +24,6 @@ from torch import Tensor
 from streamdiff_core.attention import PromptContext
 from streamdiff_core.chunk_noise import ChunkNoise
 from streamdiff_core.config import SteadyConfig
-from streamdiff_core.deblock import deblock_
 from streamdiff_core.denoiser import Denoiser
 from streamdiff_core.device_streams import InTurn, StageStreams
 from streamdiff_core.frames import check_frames, frames_to_tensor, resize_and_crop, tensor_to_uint8
@@ -308,7 +307,7 @@ class StreamSession:
                 pixels = frames_to_tensor(frames).to(self.pipe.device)
             with self.timer.stage("encode", self._chunk_idx):
                 latents = self.pipe.vae.encode(pixels, self._encoder_state)[0]
-            if self.options.steady:
+            if self.options.steady or self.options.guided:
                 self._sources[self._chunk_idx] = pixels[0]
             timesteps = self._noise.decide(pixels[0], latents, self.options)
             count = len(frames) if num_frames is None else num_frames
@@ -344,12 +343,7 @@ class StreamSession:
         source = self._sources.pop(denoised.chunk_idx, None)
         with self._streams.stage("decode", denoised.latents, *([] if source is None else [source])):
             with self.timer.stage("decode", denoised.chunk_idx):
-                pixels = deblock_(self._decode(denoised), self.pipe.preset.seams)
-                if source is None:
-                    self._steady_state = SteadyState()
-                else:
-                    steady = self.pipe.preset.steady or SteadyConfig()
-                    pixels = hold_still(pixels[0], source, self._steady_state, steady)[None]
+                pixels = self._follow(self._decode(denoised)[0], source)[None]
             with self.timer.stage("border", denoised.chunk_idx):
                 return self._streams.fetch(tensor_to_uint8(pixels)[: denoised.num_frames])
 
@@ -360,6 +354,15 @@ class StreamSession:
             chunk_idx, frames = self._decoding.popleft()
             out += self._held.after(chunk_idx, frames())
         return out
+
+    def _follow(self, video: Tensor, source: Tensor | None) -> Tensor:
+        """Decoded frames with the edges of their input, and still where it is still; both [T, 3, H, W]."""
+        if self.options.guided and source is not None:
+            video = self.pipe.vae.guide(video, source).clamp_(-1, 1)
+        if source is None or not self.options.steady:
+            self._steady_state = SteadyState()
+            return video
+        return hold_still(video, source, self._steady_state, self.pipe.preset.steady or SteadyConfig())
 
     def _decode(self, denoised: DenoisedChunk) -> Tensor:
         """Pixels [1, T, 3, H, W] of a chunk."""

@@ -53,6 +53,8 @@ class StreamOptions:
     """Rules of the input side and their knobs, {rule: {knob: value}}; as ``list_mechanisms()`` names them."""
     steady: bool = False
     """Whether what stands still in the input is held still (``steady.hold_still``); t2v has no input to hold to."""
+    guided: bool = False
+    """Whether decoded pictures get the edges of the input (``guided_filter``); only with a VAE that has learned it."""
     mode: str = "v2v"
     """``v2v`` or ``t2v``."""
     deadline_ms: float | None = None
@@ -108,6 +110,8 @@ def check_options(options: StreamOptions, preset: Preset) -> None:
         raise ValueError(f"noise_scale must lie in (0, 1], got {o.noise_scale}; 0.5 is a good start")
     if o.width % multiple or o.height % multiple or min(o.width, o.height) < 64:
         raise ValueError(f"width and height must be multiples of {multiple} from 64 on, got {o.width}x{o.height}")
+    if o.guided and not preset.vae.guide_width:
+        raise ValueError(f"preset {preset.name!r} has no guided filter; leave out guided=True")
     policy = make_policy(o.policy, o.cache, o.policy_options)
     unused = Stepper(noise=None, sigma_of=None)
     schedule = make_schedule(o.schedule, unused, o.steps, clean_pass=o.clean_pass, options=o.schedule_options)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamdiff_core.config import VAEConfig
+from streamdiff_core.guided_filter import GuidedFilter
 
 STILL_ENERGY = 0.04
 """Energy of an 8 x 8 x 4 patch's changing part (one grey level RMS) at which the decoder's detail half moves."""
@@ -71,6 +72,7 @@ class TinyVAE(nn.Module):
         self.detail = nn.Conv2d(config.width, 3 * t * s * s, 1)
         nn.init.zeros_(self.detail.weight)
         nn.init.zeros_(self.detail.bias)
+        self.guide = GuidedFilter(config.guide_width) if config.guide_width else None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -19,12 +19,24 @@ from streamdiff_core import pipeline
 from streamdiff_core.config import ModelConfig, TextConfig, VAEConfig, get_preset
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.frames import frames_to_tensor
+from streamdiff_core.guided_filter import PERIOD_PX, GuidedFilter
 from streamdiff_core.text import TinyTextEncoder
-from streamdiff_core.training import cli, data, dit_stage, refine_stage, runs, text_stage, vae_basis, vae_stage
+from streamdiff_core.training import (
+    cli,
+    data,
+    dit_stage,
+    guide_stage,
+    refine_stage,
+    runs,
+    text_stage,
+    vae_basis,
+    vae_stage,
+)
 from streamdiff_core.training.prompts import HELD_OUT_PROMPTS
 from streamdiff_core.training.styles import apply_style
 from streamdiff_core.types import VideoReadError
 from streamdiff_core.vae import TinyVAE
+from streamdiff_core.weights import load_checkpoint
 from tests.make_video import numbered_frames, write_video
 from tests.random_pipeline import moving_frames
 
@@ -33,7 +45,7 @@ MODEL = ModelConfig(
     dim=24, ffn_dim=32, num_heads=2, num_layers=1, in_channels=6, out_channels=6,
     text_dim=16, text_len=16, freq_dim=16, prediction="x0",
 )  # fmt: skip
-VAE = VAEConfig(latent_channels=6, width=8, num_blocks=1)
+VAE = VAEConfig(latent_channels=6, width=8, num_blocks=1, guide_width=4)
 TEXT = TextConfig(num_buckets=64, dim=16, text_len=16, num_heads=2)
 PRESET = replace(get_preset("tiny"), model=MODEL, vae=VAE, text=TEXT, width=64, height=64)
 
@@ -66,6 +78,8 @@ def small(monkeypatch):
     monkeypatch.setattr(data.torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(vae_stage, "CROP_PX", 32)
     monkeypatch.setattr(vae_stage, "CROPS_PER_CLIP", 1)
+    monkeypatch.setattr(guide_stage, "CROP_PX", 32)
+    monkeypatch.setattr(guide_stage, "NUM_CROPS", 4)
     monkeypatch.setattr(dit_stage, "PROMPTS_PER_STYLE", 2)
     phases = [dit_stage.Phase(0, 1, 4, 4), dit_stage.Phase(0.5, 2, 4, 2), dit_stage.Phase(0.5, 2, 8, 1)]
     monkeypatch.setattr(dit_stage, "PHASES", phases)
@@ -487,6 +501,56 @@ def test_decoder_training_starts_at_the_closed_form_and_leaves_the_encoder_alone
     assert "photo" in (tmp_path / "run" / "metrics.csv").read_text(), "the end is always measured"
 
 
+# --- guided filter ---
+
+
+def test_pairs_are_what_the_model_makes_unguided_and_resume(tmp_path, clips):
+    """Same clips, same bytes, whatever is there already; what a guide would add is not learned from."""
+    preset = replace(PRESET, vae=replace(VAE, num_blocks=0))
+    parts = CausalWanTransformer(MODEL), TinyVAE(preset.vae), TinyTextEncoder(TEXT)
+    pipe = pipeline.StreamPipeline.from_modules(preset, *parts)
+    guide_stage.make_pairs(pipe, clips, tmp_path / "a", 3, seed=0)
+    files = sorted((tmp_path / "a").glob("*.npy"))
+    assert [f.name for f in files] == [f"clip{i}__{k}.npy" for i in range(2) for k in range(3)]
+    first = [np.load(f) for f in files]
+    assert all(pair.dtype == np.uint8 and pair.shape[0] == 3 and pair.shape[1] % 4 == 1 for pair in first)
+    assert any(not np.array_equal(pair[1], pair[2]) for pair in first), "the target is styled"
+    files[1].unlink()
+    torch.nn.init.ones_(parts[1].guide.out.bias)
+    guide_stage.make_pairs(pipe, clips, tmp_path / "a", 3, seed=0)
+    assert np.array_equal(np.load(files[1]), first[1]) and not list((tmp_path / "a").glob("*.tmp"))
+
+
+def test_crops_of_a_pair_are_of_one_place_and_begin_with_a_token(tmp_path):
+    frames, rows, columns = np.meshgrid(np.arange(5), np.arange(64), np.arange(96), indexing="ij")
+    place = np.stack([frames, rows, columns], axis=-1).astype(np.uint8)
+    np.save(tmp_path / "a.npy", np.stack([place, place + 50, place + 100]))
+    crops, seen = guide_stage.PairCrops(tmp_path, seed=0), set()
+    for step in range(20):
+        decoded, source, target = ((crops.draw(step) + 1) * 127.5).round().int()
+        assert torch.equal(source, decoded + 50) and torch.equal(target, decoded + 100)
+        assert decoded.shape == (16, 3, 64, 64)
+        corners = decoded[:, :, 0, 0]
+        assert (corners[:, 1:] % PERIOD_PX == 0).all()
+        seen |= {tuple(corner) for corner in corners.tolist()}
+    assert seen == {(t, 0, x) for t in range(5) for x in (0, 16, 32)}
+    assert torch.equal(crops.draw(3), crops.draw(3)) and not torch.equal(crops.draw(3), crops.draw(4))
+
+
+def test_the_guide_learns_from_the_input(tmp_path, clock, small):
+    """Decoded pictures are grey, the target is the input: only who looks at the input can do better."""
+    source = moving_frames(8)
+    (tmp_path / "pairs").mkdir()
+    np.save(tmp_path / "pairs" / "a.npy", np.stack([np.full_like(source, 127), source, source]))
+    guide = GuidedFilter(8)
+    guide_stage.train_guide(
+        tmp_path / "run", guide, tmp_path / "pairs", tmp_path / "pairs", minutes=8, seed=0
+    )  # fmt: skip
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    assert float(last["guided"]) > float(last["decoded"]) + 2
+
+
 # --- transformer ---
 
 
@@ -739,9 +803,13 @@ def test_all_stages_in_one_go_make_a_model_that_streams(tmp_path, clips, clock, 
 
     monkeypatch.setattr(evaluate, "evaluate", only_stream)
     command = ["all", "--work", str(tmp_path / "work"), "--clips", str(clips), "--val", str(clips)]
-    command += ["--variants", "1", "--minutes", "0.5", "--decoder-minutes", "0.5", "--threads", "1"]
+    command += ["--variants", "1", "--threads", "1"]
+    command += ["--minutes", "0.5", "--decoder-minutes", "0.5", "--guide-minutes", "0.5"]
     assert cli.main(command) == 0
     assert made[0].shape == (9, 64, 64, 3)
+    exported = TinyVAE(VAE)
+    load_checkpoint(exported, tmp_path / "work" / "export" / "vae.safetensors")
+    assert exported.guide.out.weight.abs().max() > 0, "the guide was trained after the export and is in it"
     assert '"mean_psnr": 1.5' in capsys.readouterr().out
     step = torch.load(tmp_path / "work" / "dit" / "last.pt", weights_only=True)["step"]
     assert cli.main(command) == 0, "a second time nothing is trained"

@@ -21,15 +21,19 @@ import torch
 
 from streamdiff_core.config import get_preset
 from streamdiff_core.dit import CausalWanTransformer
+from streamdiff_core.guided_filter import GuidedFilter
 from streamdiff_core.text import TinyTextEncoder
 from streamdiff_core.types import CheckpointError, VideoReadError
 from streamdiff_core.vae import TinyVAE
-from streamdiff_core.weights import load_checkpoint, save_checkpoint
+from streamdiff_core.weights import hash_weights, load_checkpoint, save_checkpoint
 
-STAGES = ("text", "prepare", "decoder", "dit", "refine", "export", "ranges", "evaluate")
+STAGES = ("text", "prepare", "decoder", "dit", "refine", "export", "guide", "ranges", "evaluate")
 PRESET = "tiny"
 RANGE_FRAMES = 25
-NEEDED_CLIPS = {stage: ("clips", "val") for stage in ("prepare", "decoder", "refine", "all")} | {"evaluate": ("val",)}
+PAIRS_PER_CLIP = 6
+NEEDED_CLIPS = {stage: ("clips", "val") for stage in ("prepare", "decoder", "refine", "guide", "all")} | {
+    "evaluate": ("val",)
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=95, help="budget of the transformer")
     parser.add_argument("--decoder-minutes", type=float, default=45, help="budget of the VAE decoder")
     parser.add_argument("--refine-minutes", type=float, default=25, help="budget of the decoder's refinement")
+    parser.add_argument("--guide-minutes", type=float, default=30, help="budget of the guided filter")
     parser.add_argument("--variants", type=int, default=3, help="versions of each clip, the first unchanged")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -148,18 +153,43 @@ def run_refine(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    """Averaged weights -> safetensors: transformer in bfloat16, the small rest in float32."""
+    """Averaged weights -> safetensors: transformer in bfloat16, the small rest in float32.
+
+    A guided filter that was not trained yet is exported as it begins: it changes nothing.
+    """
     dit = _checkpoint(args.work / "dit")
     transformer = CausalWanTransformer(get_preset(PRESET).model)
     transformer.load_state_dict(dit["average"]["shadow"])
     vae = TinyVAE(get_preset(PRESET).vae)
     vae.load_state_dict(_checkpoint(args.work / "refine")["average"]["shadow"])
+    if (args.work / "guide" / "last.pt").exists():
+        vae.guide.load_state_dict(_checkpoint(args.work / "guide")["average"]["shadow"])
     details = {"steps": str(dit["step"]), "minutes": f"{dit['seconds'] / 60:.0f}"}
     save_checkpoint(transformer, args.out / "transformer.safetensors", dtype=torch.bfloat16, metadata=details)
     save_checkpoint(vae, args.out / "vae.safetensors", metadata={})
     save_checkpoint(_text_encoder(args), args.out / "text_encoder.safetensors", metadata={})
     for run in ("dit", "decoder", "refine", "text"):
         shutil.copy(args.work / run / "metrics.csv", args.out / f"{run}_metrics.csv")
+
+
+def run_guide(args: argparse.Namespace) -> None:
+    """Let the exported model restyle all clips, train its guided filter on them, and export that as well."""
+    from streamdiff_core.pipeline import StreamPipeline
+    from streamdiff_core.training.guide_stage import make_pairs, train_guide
+
+    pipe = StreamPipeline.from_preset(PRESET, weights=args.out, device="cpu")
+    name = hash_weights((pipe.transformer, pipe.vae.blocks))[:8]  # pairs of another model would teach its faults
+    pairs, val_pairs = (args.work / f"{kind}_{name}" for kind in ("pairs", "val_pairs"))
+    for clips, folder in ((args.clips, pairs), (args.val, val_pairs)):
+        make_pairs(pipe, clips, folder, PAIRS_PER_CLIP, seed=args.seed)
+    torch.manual_seed(args.seed)
+    guide = GuidedFilter(get_preset(PRESET).vae.guide_width)
+    train_guide(args.work / "guide", guide, pairs, val_pairs, minutes=args.guide_minutes, seed=args.seed)
+    vae = TinyVAE(get_preset(PRESET).vae)
+    load_checkpoint(vae, args.out / "vae.safetensors")
+    vae.guide.load_state_dict(_checkpoint(args.work / "guide")["average"]["shadow"])
+    save_checkpoint(vae, args.out / "vae.safetensors", metadata={})
+    shutil.copy(args.work / "guide" / "metrics.csv", args.out / "guide_metrics.csv")
 
 
 def run_ranges(args: argparse.Namespace) -> None:
@@ -195,6 +225,7 @@ def run_unpack(args: argparse.Namespace) -> None:
         ("dit", "model", transformer, transformer.parameters()),
         ("decoder", "vae", vae, decoder),
         ("refine", "vae", vae, decoder),
+        ("guide", "guide", vae.guide, vae.guide.parameters()),
     ):
         if (args.work / name / "last.pt").exists():
             raise CheckpointError(f"{args.work / name} holds a checkpoint already; choose another --work")

@@ -1,4 +1,4 @@
-"""What every training stage shares: resumable checkpoints, metrics with a picture.
+"""What every training stage shares: resumable checkpoints, metrics with a picture, the loop of the small networks.
 
 A run is a folder with ``last.pt`` (model, optimiser, step, seconds spent; written to a temporary name, then
 moved), ``metrics.csv`` and ``curve.png``. As a context manager it also saves when Ctrl-C stops it.
@@ -10,13 +10,16 @@ import csv
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+LOG_EVERY_S = 180
 
 
 def atomic_save(value: Any, path: Path) -> None:
@@ -130,3 +133,52 @@ class Average(nn.Module):
     def load_state_dict(self, state: Mapping[str, Any], *_: Any, **__: Any) -> None:
         """Inverse of ``state_dict``."""
         self.shadow, self.updates = dict(state["shadow"]), state["updates"]
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A network and those of its parameters that are trained."""
+
+    model: nn.Module
+    name: str
+    """What its entry in a checkpoint is called."""
+    parameters: Sequence[nn.Parameter]
+
+
+def fit(
+    trainee: Trainee,
+    folder: Path,
+    loss_of: Callable[[int, torch.Generator], Tensor],
+    score: Callable[[dict[str, Tensor]], Mapping[str, float]],
+    *,
+    minutes: float,
+    peak_lr: float,
+    seed: int = 0,
+) -> None:
+    """Train on ``loss_of(step, generator)`` into ``folder`` for ``minutes`` in all; resumes.
+
+    Every three minutes and at the end the averaged weights are scored, logged and saved.
+    """
+    from tqdm import tqdm
+
+    optimizer = torch.optim.AdamW(trainee.parameters, lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.01)
+    average = Average(trainee.model, decay=0.998)
+    run = Run(folder, **{trainee.name: trainee.model}, average=average, optimizer=optimizer)
+    budget_s, last_log_s = 60 * minutes, run.seconds
+    bar = tqdm(total=round(budget_s), initial=round(run.seconds), unit="s", desc=folder.name)
+    with run, bar:
+        while run.seconds < budget_s:
+            set_learning_rate(optimizer, learning_rate(peak_lr, run.step, run.seconds / budget_s, 50))
+            loss = loss_of(run.step, torch.Generator().manual_seed(seed * 1_000_003 + run.step))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainee.parameters, 1.0)
+            optimizer.step()
+            average.update(trainee.model)
+            run.step += 1
+            if run.seconds - last_log_s > LOG_EVERY_S or run.seconds >= budget_s:
+                run.log({"loss": loss.item(), **score(average.shadow)})
+                run.save()
+                last_log_s = run.seconds
+            bar.set_postfix(step=run.step, loss=f"{loss.item():.4f}", refresh=False)
+            bar.update(round(run.seconds) - bar.n)

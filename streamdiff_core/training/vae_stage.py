@@ -7,7 +7,7 @@ hands over. Its residual starts at zero: training begins at the closed-form resu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from streamdiff_core.frames import frames_to_tensor, tensor_to_frames
 from streamdiff_core.metrics import psnr
 from streamdiff_core.training.data import STYLE_NAMES, STYLE_SHARES, augment, iter_clips, whole_latent_frames
-from streamdiff_core.training.runs import Average, Run, learning_rate, set_learning_rate
+from streamdiff_core.training.runs import Trainee, fit
 from streamdiff_core.training.styles import apply_style
 from streamdiff_core.vae import TinyVAE
 
@@ -26,7 +26,6 @@ CROP_PX = 96
 NUM_FRAMES = 9
 CROPS_PER_CLIP = 4
 MAX_NOISE = 0.3
-LOG_EVERY_S = 180
 
 LossOf = Callable[[TinyVAE, "PixelBatches", int, torch.Generator], Tensor]
 
@@ -67,10 +66,10 @@ def _repeat_to(frames: np.ndarray, count: int) -> np.ndarray:
     return frames[np.minimum(np.arange(count), len(frames) - 1)]
 
 
-def detail_loss(video: Tensor, target: Tensor) -> Tensor:
-    """Mean square error plus the same of spatial and temporal differences (edges, flicker)."""
+def detail_loss(video: Tensor, target: Tensor, dims: Sequence[int] = (1, 3, 4)) -> Tensor:
+    """Mean square error plus the same of temporal and spatial differences (flicker, edges)."""
     loss = F.mse_loss(video, target)
-    for dim in (1, 3, 4):
+    for dim in dims:
         loss = loss + 0.5 * F.mse_loss(video.diff(dim=dim), target.diff(dim=dim))
     return loss
 
@@ -115,32 +114,15 @@ def train_decoder(
     seed: int = 0,
 ) -> None:
     """Train ``vae``'s residual decoder on ``loss_of`` into ``folder`` for ``minutes`` in all; resumes."""
-    from tqdm import tqdm
-
     parameters = [*vae.stem.parameters(), *vae.blocks.parameters(), *vae.detail.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.01)
-    average = Average(vae, decay=0.998)
-    run = Run(folder, vae=vae, average=average, optimizer=optimizer)
     batches = PixelBatches(clips, seed)
-    budget_s, last_log_s = 60 * minutes, run.seconds
-    bar = tqdm(total=round(budget_s), initial=round(run.seconds), unit="s", desc="decoder")
-    with run, bar:
-        while run.seconds < budget_s:
-            set_learning_rate(optimizer, learning_rate(peak_lr, run.step, run.seconds / budget_s, 50))
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
-            loss = loss_of(vae, batches, run.step, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            average.update(vae)
-            run.step += 1
-            if run.seconds - last_log_s > LOG_EVERY_S or run.seconds >= budget_s:
-                shadow = TinyVAE(vae.config)
-                shadow.load_state_dict(average.shadow)
-                scores = reconstruction_psnr(shadow, val_clips, ("photo", "comic", "neon"))
-                run.log({"loss": loss.item(), **scores})
-                run.save()
-                last_log_s = run.seconds
-            bar.set_postfix(step=run.step, loss=f"{loss.item():.4f}", refresh=False)
-            bar.update(round(run.seconds) - bar.n)
+
+    def score(shadow: dict[str, Tensor]) -> dict[str, float]:
+        averaged = TinyVAE(vae.config)
+        averaged.load_state_dict(shadow)
+        return reconstruction_psnr(averaged, val_clips, ("photo", "comic", "neon"))
+
+    fit(
+        Trainee(vae, "vae", parameters), folder, lambda step, generator: loss_of(vae, batches, step, generator), score,
+        minutes=minutes, peak_lr=peak_lr, seed=seed,
+    )  # fmt: skip

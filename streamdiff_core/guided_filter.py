@@ -1,0 +1,53 @@
+"""A guided filter with learned weights: decoded pictures keep their style and get the edges of the input.
+
+A denoiser of 16-pixel tokens cannot place a line to the pixel, and what noise it leaves differs from token to token,
+which shows as a grid where things move. The input frame is at hand, is aligned with the picture and has neither fault.
+A few convolutions on cells of both pictures correct the decoded one; which style it is they read from the cells' mean.
+
+Ours, not the paper's: the learned form (Wu et al., arXiv:1803.05619) of He et al.'s guided filter. Frame by frame, so
+any split of a stream is equal. What it does to each style: ``docs/LOG.md``.
+
+Shapes: T frames, H x W pixels, c x c pixels a cell, h x w = H/c x W/c cells, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CELL_PX = 4
+PERIOD_PX = 16
+"""Side of a token of the bundled transformer: where in it a cell lies is known to the filter."""
+
+
+class GuidedFilter(nn.Module):
+    """Corrects decoded pictures; the correction starts at zero."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        numbers = 3 * CELL_PX**2
+        self.stem = nn.Conv2d(2 * numbers, width, 3, padding=1)
+        self.place = nn.Parameter(torch.zeros(width, PERIOD_PX // CELL_PX, PERIOD_PX // CELL_PX))
+        self.style = nn.Linear(width, 2 * width)
+        self.near = nn.Conv2d(width, width, 3, padding=1)
+        self.far = nn.Conv2d(width, width, 3, padding=2, dilation=2)
+        self.out = nn.Conv2d(width, numbers, 3, padding=1)
+        for last in (self.style, self.out):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, video: Tensor, source: Tensor) -> Tensor:
+        """Pictures and the input they were made from, each [T, 3, H, W] in [-1, 1] -> pictures, not clamped.
+
+        H and W are multiples of ``PERIOD_PX``.
+        """
+        pictures = torch.cat([video, source.to(video)], dim=1).to(self.stem.weight.dtype)
+        cells = F.pixel_unshuffle(pictures, CELL_PX).contiguous(memory_format=torch.channels_last)
+        x = self.stem(cells)  # [T, D, h, w]
+        x = x + self.place.repeat(1, x.shape[-2] // self.place.shape[-2], x.shape[-1] // self.place.shape[-1])
+        shift, scale = self.style(F.silu(x).mean((-2, -1)))[..., None, None].chunk(2, dim=1)
+        x = torch.addcmul(x + shift, x, scale)
+        x = x + self.near(F.silu(x))
+        x = x + self.far(F.silu(x))
+        return video + F.pixel_shuffle(self.out(F.silu(x)), CELL_PX).to(video.dtype)
