@@ -183,6 +183,25 @@ class SteadyConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SeamConfig:
+    """Seams between cells of a picture that ``deblock.deblock_`` smooths."""
+
+    period_px: int
+    """Side of a cell."""
+    largest_step: float
+    """Steps of so many grey levels are edges and left alone; smaller ones are spread, the more the smaller."""
+    reach_px: int
+    """Pixels on either side over which a step is spread."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.reach_px <= self.period_px / 2 or self.largest_step <= 0:
+            raise ValueError(
+                f"need largest_step > 0 and 2 <= reach_px <= period_px / 2, got {self.largest_step}, "
+                f"{self.reach_px}, {self.period_px}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
     """Which denoising steps a chunk goes through (SPEC §4)."""
 
@@ -242,6 +261,8 @@ class Preset:
     """Denoising steps."""
     steady: SteadyConfig | None = None
     """When still pixels are held; None: by default they are not, every picture is shown as decoded, as in the paper."""
+    seams: tuple[SeamConfig, ...] = ()
+    """Seams smoothed after decoding, smallest cells first."""
     width: int = 832
     """Default output width in pixels."""
     height: int = 480
@@ -285,6 +306,10 @@ PRESETS: dict[str, Preset] = {
         noise_scale=0.45,
         schedule=ScheduleConfig(timesteps=(), use_sigma_table=False, noise="fixed"),
         steady=SteadyConfig(),
+        seams=(  # the VAE's patches, the transformer's tokens
+            SeamConfig(period_px=8, largest_step=12.0, reach_px=2),
+            SeamConfig(period_px=16, largest_step=30.0, reach_px=4),
+        ),
         width=256,
         height=256,
         text_to_video=False,

@@ -24,6 +24,7 @@ from torch import Tensor
 from streamdiff_core.attention import PromptContext
 from streamdiff_core.chunk_noise import ChunkNoise
 from streamdiff_core.config import SteadyConfig
+from streamdiff_core.deblock import deblock_
 from streamdiff_core.denoiser import Denoiser
 from streamdiff_core.device_streams import InTurn, StageStreams
 from streamdiff_core.frames import check_frames, frames_to_tensor, resize_and_crop, tensor_to_uint8
@@ -343,7 +344,8 @@ class StreamSession:
         source = self._sources.pop(denoised.chunk_idx, None)
         with self._streams.stage("decode", denoised.latents, *([] if source is None else [source])):
             with self.timer.stage("decode", denoised.chunk_idx):
-                pixels = self._follow(self._decode(denoised)[0], source)[None]
+                pixels = deblock_(self._decode(denoised)[0], self.pipe.preset.seams)
+                pixels = self._follow(pixels, source)[None]
             with self.timer.stage("border", denoised.chunk_idx):
                 return self._streams.fetch(tensor_to_uint8(pixels)[: denoised.num_frames])
 
