@@ -51,3 +51,11 @@ class GuidedFilter(nn.Module):
         x = x + self.near(F.silu(x))
         x = x + self.far(F.silu(x))
         return video + F.pixel_shuffle(self.out(F.silu(x)), CELL_PX).to(video.dtype)
+
+
+def share_at(noise_scale: float, usual: float) -> float:
+    """Share of the correction to take: all of it up to the preset's usual noise, none where noise is all there is.
+
+    Who asks for more noise wants a picture that leaves its input; the filter would lead it back.
+    """
+    return min(1.0, (1 - noise_scale) / max(1 - usual, 1e-6))

@@ -28,6 +28,7 @@ from streamdiff_core.deblock import deblock_
 from streamdiff_core.denoiser import Denoiser
 from streamdiff_core.device_streams import InTurn, StageStreams
 from streamdiff_core.frames import check_frames, frames_to_tensor, resize_and_crop, tensor_to_uint8
+from streamdiff_core.guided_filter import share_at
 from streamdiff_core.inputs import HeldFrames, make_inputs
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES
@@ -360,7 +361,8 @@ class StreamSession:
     def _follow(self, video: Tensor, source: Tensor | None) -> Tensor:
         """Decoded frames with the edges of their input, and still where it is still; both [T, 3, H, W]."""
         if self.options.guided and source is not None:
-            video = self.pipe.vae.guide(video, source).clamp_(-1, 1)
+            share = share_at(self.options.noise_scale, self.pipe.preset.noise_scale)
+            video = video.lerp(self.pipe.vae.guide(video, source), share).clamp_(-1, 1)
         if source is None or not self.options.steady:
             self._steady_state = SteadyState()
             return video

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,8 +90,19 @@ def test_still_input_stays_still(pipe, clip):
 
 
 def test_more_noise_follows_the_input_less(pipe, clip):
-    fidelity = [psnr(restyle(pipe, clip, DEFAULT_PROMPTS["photo"], noise_scale=s), clip) for s in (0.2, 0.5, 0.9)]
-    assert fidelity[0] > fidelity[1] + 1 and fidelity[1] > fidelity[2] + 1
+    for guided, (less, usual, more) in ((False, (0.2, 0.5, 0.9)), (True, (0.2, 0.6, 0.9))):
+        photo = partial(restyle, pipe, clip, DEFAULT_PROMPTS["photo"], guided=guided)
+        fidelity = [psnr(photo(noise_scale=s), clip) for s in (less, usual, more)]
+        assert fidelity[0] > fidelity[1] + 1 and fidelity[1] > fidelity[2] + 1
+
+
+@pytest.mark.parametrize(("style", "gain_db"), [("neon", 5), ("pixel", 3), ("watercolour", 0.5), ("photo", 1)])
+def test_the_guide_puts_edges_where_they_belong(pipe, clip, targets, style, gain_db):
+    """Nearer to the style's filter than without, also in motion."""
+    plain, guided = (
+        psnr(restyle(pipe, clip, DEFAULT_PROMPTS[style], guided=on), targets[style]) for on in (False, True)
+    )
+    assert guided > plain + gain_db
 
 
 def test_model_card_names_sources_and_figures():

@@ -10,7 +10,7 @@ import torch
 from random_pipeline import RANDOM_PRESET, moving_frames, random_pipeline, randomise, stream
 from torch.testing import assert_close
 
-from streamdiff_core.guided_filter import CELL_PX, PERIOD_PX, GuidedFilter
+from streamdiff_core.guided_filter import CELL_PX, PERIOD_PX, GuidedFilter, share_at
 
 GUIDED = replace(RANDOM_PRESET, vae=replace(RANDOM_PRESET.vae, guide_width=4))
 
@@ -95,6 +95,17 @@ def test_switched_on_in_mid_stream_it_waits_for_the_next_input():
         session.set_options(guided=True)
         after = np.concatenate([session.push(frames[9:]), session.flush()])
     assert not np.array_equal(before, frames[:9]) and np.array_equal(after, frames[9:])
+
+
+def test_more_noise_takes_less_of_the_input():
+    """All up to the preset's own noise, half of the rest half way to noise alone, then nothing."""
+    assert [share_at(noise, 0.6) for noise in (0.1, 0.6, 0.8, 1.0)] == [1, 1, pytest.approx(0.5), 0]
+    assert share_at(1.0, 1.0) == 0 and share_at(0.9, 1.0) == 1
+    pipe, frames = random_pipeline(GUIDED), moving_frames(9)
+    free = {"noise_scale": 1.0, "motion_adaptive": False}
+    assert np.array_equal(
+        stream(pipe.start("ink", **free), frames), stream(pipe.start("ink", guided=False, **free), frames)
+    )
 
 
 def test_a_preset_without_one_says_so():
