@@ -26,13 +26,12 @@ class GuidedFilter(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        numbers = 3 * CELL_PX**2
-        self.stem = nn.Conv2d(2 * numbers, width, 3, padding=1)
-        self.place = nn.Parameter(torch.zeros(width, PERIOD_PX // CELL_PX, PERIOD_PX // CELL_PX))
+        self.stem = nn.Conv2d(2 * 3, width, 3 * CELL_PX, stride=CELL_PX, padding=CELL_PX)  # a cell and its neighbours
+        self.place = nn.Parameter(torch.zeros(PERIOD_PX // CELL_PX, PERIOD_PX // CELL_PX, width))
         self.style = nn.Linear(width, 2 * width)
         self.near = nn.Conv2d(width, width, 3, padding=1)
         self.far = nn.Conv2d(width, width, 3, padding=2, dilation=2)
-        self.out = nn.Conv2d(width, numbers, 3, padding=1)
+        self.out = nn.Conv2d(width, 3 * CELL_PX**2, 3, padding=1)
         for last in (self.style, self.out):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -42,14 +41,15 @@ class GuidedFilter(nn.Module):
 
         H and W are multiples of ``PERIOD_PX``.
         """
-        pictures = torch.cat([video, source.to(video)], dim=1).to(self.stem.weight.dtype)
-        cells = F.pixel_unshuffle(pictures, CELL_PX).contiguous(memory_format=torch.channels_last)
-        x = self.stem(cells)  # [T, D, h, w]
-        x = x + self.place.repeat(1, x.shape[-2] // self.place.shape[-2], x.shape[-1] // self.place.shape[-1])
-        shift, scale = self.style(F.silu(x).mean((-2, -1)))[..., None, None].chunk(2, dim=1)
-        x = torch.addcmul(x + shift, x, scale)
-        x = x + self.near(F.silu(x))
-        x = x + self.far(F.silu(x))
+        dtype = self.stem.weight.dtype
+        x = self.stem(torch.cat([video.to(dtype), source.to(dtype)], dim=1))  # [T, D, h, w], channels last in memory
+        places = [cells // own for cells, own in zip(x.shape[2:], self.place.shape[:2], strict=True)]
+        x = x.add_(self.place.repeat(*places, 1).permute(2, 0, 1))
+        mean = F.silu(x).permute(0, 2, 3, 1).flatten(1, 2).mean(1)  # [T, D]
+        shift, scale = self.style(mean)[..., None, None].chunk(2, dim=1)
+        x = torch.addcmul(shift, x, 1 + scale)
+        x = self.near(F.silu(x)).add_(x)
+        x = self.far(F.silu(x)).add_(x)
         return video + F.pixel_shuffle(self.out(F.silu(x)), CELL_PX).to(video.dtype)
 
 
