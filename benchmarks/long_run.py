@@ -37,10 +37,12 @@ from streamdiff_core.video_io import VideoWriter, read_video
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 POLICIES = ("sink", "sliding_window", "ema_sink", "deep_forcing", "rolling_sink")
+PLAIN = {"guided": False}
+"""What the model itself paints is what drifts."""
 STUDIES = {
-    "policies": ({"policy": list(POLICIES)}, {}),
-    "positions": ({"positions": ["packed", "absolute", "wrap"]}, {"policy": "sink"}),
-    "adaptive": ({"adaptive_sink": ["off", "released", "paper"]}, {"policy": "sink"}),
+    "policies": ({"policy": list(POLICIES)}, PLAIN),
+    "positions": ({"positions": ["packed", "absolute", "wrap"]}, {"policy": "sink"} | PLAIN),
+    "adaptive": ({"adaptive_sink": ["off", "released", "paper"]}, {"policy": "sink"} | PLAIN),
 }
 """What varies, and what all cells share."""
 SIZE_PX, CROP_PX, PAN_S = 256, 224, (37.0, 53.0)

@@ -51,6 +51,16 @@ def test_it_knows_where_in_a_token_a_cell_lies(guide):
         assert torch.allclose(moved[inside], guide(video, source)[inside]) == is_same
 
 
+def test_while_training_the_same_is_computed_in_another_order(guide):
+    video, source = pictures(2, 0), pictures(2, 1)
+    guide.requires_grad_(True)
+    trained = guide(video, source)
+    with torch.no_grad():
+        assert_close(guide(video, source), trained)
+    trained.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in guide.parameters())
+
+
 def test_style_reaches_every_pixel(guide):
     """A corner of the picture says which style it is: with the mean's layer the opposite corner changes too."""
     video, source = pictures(1, 0), pictures(1, 1)

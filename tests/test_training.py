@@ -537,6 +537,14 @@ def test_crops_of_a_pair_are_of_one_place_and_begin_with_a_token(tmp_path):
     assert torch.equal(crops.draw(3), crops.draw(3)) and not torch.equal(crops.draw(3), crops.draw(4))
 
 
+def test_flat_loss_by_hand():
+    """A mesh of columns at a depth of 0.01: every step along a row is 0.01 off, none along a column."""
+    target = torch.zeros(1, 3, 8, 8)
+    mesh = 0.01 * (torch.arange(8) % 2).expand(1, 3, 8, 8)
+    assert guide_stage.flat_loss(target + 0.3, target).item() == 0
+    assert guide_stage.flat_loss(target + mesh, target).item() == pytest.approx(0.01)
+
+
 def test_the_guide_learns_from_the_input(tmp_path, clock, small):
     """Decoded pictures are grey, the target is the input: only who looks at the input can do better."""
     source = moving_frames(8)

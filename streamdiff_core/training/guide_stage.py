@@ -1,4 +1,4 @@
-"""Stage 7: the guided filter, from what the exported model makes of the training clips.
+"""Stage 6: the guided filter, from what the exported model makes of the training clips.
 
 First every clip is restyled a few times by ``StreamSession`` (random style, window, noise scale and steps; without
 guide and without holding still pixels) and kept beside its input and the filter's output. Then the filter learns to
@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from streamdiff_core.frames import tensor_to_frames
 from streamdiff_core.guided_filter import PERIOD_PX, GuidedFilter
 from streamdiff_core.metrics import psnr
 from streamdiff_core.pipeline import StreamPipeline
@@ -24,11 +26,13 @@ from streamdiff_core.training.prompts import DEFAULT_PROMPTS
 from streamdiff_core.training.runs import Trainee, fit
 from streamdiff_core.training.styles import apply_style
 from streamdiff_core.training.vae_stage import detail_loss
+from streamdiff_core.types import GREY_LEVELS_PER_UNIT
 
 NUM_FRAMES = 25
 CROP_PX = 128
 NUM_CROPS = 16
 PEAK_LR = 2e-3
+FLAT_WEIGHT = 0.1
 SCORED_FRAMES = 3
 """Of each validation pair."""
 
@@ -91,15 +95,20 @@ class PairCrops:
         for pair in self.pairs:
             frames = np.linspace(0, pair.shape[1] - 1, SCORED_FRAMES).round().astype(int)
             decoded, source, target = pair[:, frames]
-            filtered = guide(_to_tensor(decoded), _to_tensor(source)).clamp(-1, 1)
+            filtered = guide(_to_tensor(decoded), _to_tensor(source))
             before.append(psnr(decoded, target))
-            after.append(psnr(((filtered + 1) * 127.5).round().byte().movedim(1, -1).numpy(), target))
+            after.append(psnr(tensor_to_frames(filtered[None]), target))
         return {"decoded": float(np.mean(before)), "guided": float(np.mean(after))}
 
 
 def _to_tensor(pictures: np.ndarray) -> Tensor:
     """uint8 [..., H, W, 3] -> [..., 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).movedim(-1, -3).float() / 127.5 - 1
+    return torch.from_numpy(np.ascontiguousarray(pictures)).movedim(-1, -3).float() / GREY_LEVELS_PER_UNIT - 1
+
+
+def flat_loss(video: Tensor, target: Tensor) -> Tensor:
+    """Mean difference of the steps between pixels; its square would overlook a faint mesh on flat ground."""
+    return sum(F.l1_loss(video.diff(dim=dim), target.diff(dim=dim)) for dim in (-2, -1))
 
 
 def train_guide(folder: Path, guide: GuidedFilter, pairs: Path, val_pairs: Path, *, minutes: float, seed: int) -> None:
@@ -110,7 +119,7 @@ def train_guide(folder: Path, guide: GuidedFilter, pairs: Path, val_pairs: Path,
         decoded, source, target = crops.draw(step)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             video = guide(decoded, source)
-        return detail_loss(video, target, dims=(2, 3))
+        return detail_loss(video, target, dims=(2, 3)) + FLAT_WEIGHT * flat_loss(video, target)
 
     def score(shadow: dict[str, Tensor]) -> dict[str, float]:
         averaged = GuidedFilter(guide.stem.out_channels)
