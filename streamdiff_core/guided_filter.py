@@ -65,6 +65,7 @@ class GuidedFilter(nn.Module):
 def share_at(noise_scale: float, usual: float) -> float:
     """Share of the correction to take: all of it up to the preset's usual noise, none where noise is all there is.
 
-    Who asks for more noise wants a picture that leaves its input; the filter would lead it back.
+    Who asks for more noise wants a picture that leaves its input; the filter would lead it back. The fourth power lets
+    a little more noise already show.
     """
-    return min(1.0, (1 - noise_scale) / max(1 - usual, 1e-6))
+    return min(1.0, (1 - noise_scale) / max(1 - usual, 1e-6)) ** 4

@@ -108,8 +108,8 @@ def test_switched_on_in_mid_stream_it_waits_for_the_next_input():
 
 
 def test_more_noise_takes_less_of_the_input():
-    """All up to the preset's own noise, half of the rest half way to noise alone, then nothing."""
-    assert [share_at(noise, 0.6) for noise in (0.1, 0.6, 0.8, 1.0)] == [1, 1, pytest.approx(0.5), 0]
+    """All up to the preset's own noise, a sixteenth half way to noise alone, then nothing."""
+    assert [share_at(noise, 0.6) for noise in (0.1, 0.6, 0.8, 1.0)] == [1, 1, pytest.approx(1 / 16), 0]
     assert share_at(1.0, 1.0) == 0 and share_at(0.9, 1.0) == 1
     pipe, frames = random_pipeline(GUIDED), moving_frames(9)
     free = {"noise_scale": 1.0, "motion_adaptive": False}
