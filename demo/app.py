@@ -72,20 +72,13 @@ def create_app(
         ValueError: unknown preset.
     """
     get_preset(preset)
-    wants_missing_gpu = device.startswith("cuda") and not torch.cuda.is_available()
-    to_cpu = wants_missing_gpu and preset == "tiny"  # others would take minutes for a picture
-
-    def load() -> StreamPipeline:
-        chosen = "cpu" if to_cpu else device
-        return StreamPipeline.from_preset(preset, device=chosen, dtype=dtype, weights=weights)
-
     rules = AdmissionOptions(guaranteed=2, max_waiting=max_waiting) if max_waiting else None
     limits = {"max_streams": max_streams, "idle_s": idle_s, "lifetime_s": lifetime_s, "admission": rules}
     list_mechanisms()  # parses sources, which CPython 3.11 cannot do while the model's thread prints a traceback
-    engine = LiveEngine(pipe or load, **limits)
-    if to_cpu:
-        words = "This server has no GPU, so the model runs on its CPU."
-        engine.warning = error_event("no_gpu", words, "Nothing to do.")
+    if pipe is None:
+        engine = _load_behind(preset, device, limits, dtype=dtype, weights=weights)
+    else:
+        engine = LiveEngine(pipe, **limits)
     pool = ThreadPoolExecutor(2, thread_name_prefix="streamdiff-jpeg")
 
     @asynccontextmanager
@@ -109,6 +102,18 @@ def create_app(
     )  # fmt: skip
     blocks, settings = build_page(get_preset(preset))
     return gr.mount_gradio_app(app, blocks, path="/", ssr_mode=False, max_file_size="1mb", **settings)
+
+
+def _load_behind(preset: str, device: str, limits: dict[str, Any], **choices: str | None) -> LiveEngine:
+    """An engine that is there at once and loads the preset in its own thread; on the CPU if the GPU is missing."""
+    to_cpu = device.startswith("cuda") and not torch.cuda.is_available() and preset == "tiny"  # others: far too slow
+    engine = LiveEngine(
+        lambda: StreamPipeline.from_preset(preset, device="cpu" if to_cpu else device, **choices), **limits
+    )
+    if to_cpu:
+        words = "This server has no GPU, so the model runs on its CPU."
+        engine.warning = error_event("no_gpu", words, "Nothing to do.")
+    return engine
 
 
 def build_page(preset: Preset) -> tuple[gr.Blocks, dict[str, Any]]:

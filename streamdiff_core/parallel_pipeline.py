@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from streamdiff_core.chunk_decoder import ChunkDecoder
 from streamdiff_core.config import Preset, get_preset
 from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.parallel.block_scheduler import Split, even_split
@@ -38,6 +39,18 @@ from streamdiff_core.types import DenoisedChunk, StageLostError
 logger = logging.getLogger(__name__)
 
 
+class RingChunkDecoder(ChunkDecoder):
+    """The VAE's part is done on the last rank, the rest here."""
+
+    def __init__(self, engine: RingEngine, stream: int, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._engine, self._stream = engine, stream
+
+    def pixels(self, denoised: DenoisedChunk) -> Tensor:
+        """Pictures that the last rank has decoded, or still will; chunks come in order."""
+        return self._engine.pixels(self._stream)
+
+
 class ParallelSession(StreamSession):
     """One stream on a ``ParallelPipeline``: the methods and the output of ``StreamSession``."""
 
@@ -48,9 +61,9 @@ class ParallelSession(StreamSession):
         self.timer = self.pipe.engine.stage.timer
         super()._begin_stream()
 
-    def _decode(self, denoised: DenoisedChunk) -> Tensor:
-        """Pixels that the last rank has decoded, or still will; chunks come in order."""
-        return self.pipe.engine.pixels(self._denoiser.stream)[None]
+    def _make_decoder(self) -> ChunkDecoder:
+        pipe, stream = self.pipe, self._denoiser.stream
+        return RingChunkDecoder(pipe.engine, stream, pipe.vae, pipe.preset, self._streams, self.timer)
 
     def close(self) -> None:
         """Free the stream's state on all ranks; later calls raise ``StreamClosedError``."""

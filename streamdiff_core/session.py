@@ -12,8 +12,7 @@ its last frame and the padding is cut from the output; upstream drops it.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,20 +21,17 @@ import torch
 from torch import Tensor
 
 from streamdiff_core.attention import PromptContext
+from streamdiff_core.chunk_decoder import ChunkDecoder
 from streamdiff_core.chunk_noise import ChunkNoise
-from streamdiff_core.config import SteadyConfig
-from streamdiff_core.deblock import deblock_
 from streamdiff_core.denoiser import Denoiser
 from streamdiff_core.device_streams import InTurn, StageStreams
-from streamdiff_core.frames import check_frames, frames_to_tensor, resize_and_crop, tensor_to_uint8
-from streamdiff_core.guided_filter import share_at
+from streamdiff_core.frames import check_frames, frames_to_tensor, resize_and_crop
 from streamdiff_core.inputs import HeldFrames, make_inputs
 from streamdiff_core.kv_cache import KVCache
 from streamdiff_core.kv_policies import POLICIES
 from streamdiff_core.kv_policies.sink import describe_content
 from streamdiff_core.lockstep import Work, run_alone
 from streamdiff_core.prompt_fade import PromptFade
-from streamdiff_core.steady import SteadyState, hold_still
 from streamdiff_core.stream_options import SWITCHES, Prompt, StreamOptions, StreamStats, change_options
 from streamdiff_core.timing import LatencyTracker, StageTimer
 from streamdiff_core.types import (
@@ -80,11 +76,9 @@ class StreamSession:
             rule.begin(o.seed, pipe.encode_prompt)
         self._denoiser.guide = self._inputs.guide
         self._options_taken = o
-        self._encoder_state, self._decoder_state = pipe.vae.new_state(), pipe.vae.new_state()
         self._streams = StageStreams(pipe.device) if pipe.overlap_stages else InTurn()
-        self._decoding: deque[tuple[int, Callable[[], np.ndarray]]] = deque()  # chunk, what waits for its frames
-        self._steady_state = SteadyState()
-        self._sources: dict[int, Tensor] = {}  # input of the chunks in flight [T, 3, H, W]
+        self._encoder_state = pipe.vae.new_state()
+        self._decoder = self._make_decoder()
         self._pending: list[np.ndarray] = []
         self._chunk_idx = self._next_frame = 0
         self._noise = ChunkNoise(pipe.preset, o.noise_scale)
@@ -213,10 +207,9 @@ class StreamSession:
     def close(self) -> None:
         """Free the stream's state; later calls raise ``StreamClosedError``."""
         self._closed = True
-        self._denoiser = self._encoder_state = self._decoder_state = None
+        self._denoiser = self._encoder_state = self._decoder = None
         self._noise.forget()
-        self._pending, self._sources, self._steady_state = [], {}, SteadyState()
-        self._decoding.clear()
+        self._pending = []
 
     def __enter__(self) -> StreamSession:
         return self
@@ -253,8 +246,7 @@ class StreamSession:
     def nbytes(self) -> int:
         """Bytes of stream state: KV cache, VAE memory, inputs kept for re-caching, frames in flight."""
         self._check_open()
-        states = (self._denoiser, self._decoder_state, self._encoder_state, self._steady_state, self._inputs)
-        return sum(state.nbytes for state in (*states, *self._sources.values()))
+        return sum(part.nbytes for part in (self._denoiser, self._encoder_state, self._decoder, self._inputs))
 
     @property
     def noise_scale(self) -> float:
@@ -309,8 +301,7 @@ class StreamSession:
                 pixels = frames_to_tensor(frames).to(self.pipe.device)
             with self.timer.stage("encode", self._chunk_idx):
                 latents = self.pipe.vae.encode(pixels, self._encoder_state)[0]
-            if self.options.steady or self.options.guided:
-                self._sources[self._chunk_idx] = pixels[0]
+            self._decoder.remember(self._chunk_idx, pixels[0], self.options)
             timesteps = self._noise.decide(pixels[0], latents, self.options)
             count = len(frames) if num_frames is None else num_frames
             chunk = self._new_chunk(latents, self.noise_scale, timesteps, count)
@@ -335,42 +326,20 @@ class StreamSession:
     @torch.inference_mode()
     def decode_chunk(self, denoised: DenoisedChunk) -> DecodedChunk:
         """Latents of one chunk -> uint8 frames [T, height, width, 3], padding removed. Chunks come in order."""
-        return DecodedChunk(denoised.chunk_idx, self._start_decoding(denoised)())
+        return self._decoder.decode(denoised, self.options)
 
     # --- inside ---------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def _start_decoding(self, denoised: DenoisedChunk) -> Callable[[], np.ndarray]:
-        """What waits for the frames."""
-        source = self._sources.pop(denoised.chunk_idx, None)
-        with self._streams.stage("decode", denoised.latents, *([] if source is None else [source])):
-            with self.timer.stage("decode", denoised.chunk_idx):
-                pixels = deblock_(self._decode(denoised)[0], self.pipe.preset.seams)
-                pixels = self._follow(pixels, source)[None]
-            with self.timer.stage("border", denoised.chunk_idx):
-                return self._streams.fetch(tensor_to_uint8(pixels)[: denoised.num_frames])
+    def _make_decoder(self) -> ChunkDecoder:
+        return ChunkDecoder(self.pipe.vae, self.pipe.preset, self._streams, self.timer)
 
     def _decoded(self, but: int = 0) -> list[np.ndarray]:
-        """Frames of all chunks being decoded but the newest few; a stream's first chunk is always waited for."""
-        out = []
-        while len(self._decoding) > but or (self._decoding and self._decoding[0][0] == 0):
-            chunk_idx, frames = self._decoding.popleft()
-            out += self._held.after(chunk_idx, frames())
-        return out
+        """Frames of all chunks being decoded but the newest few."""
+        return self._with_held(self._decoder.finished(but))
 
-    def _follow(self, video: Tensor, source: Tensor | None) -> Tensor:
-        """Decoded frames with the edges of their input, and still where it is still; both [T, 3, H, W]."""
-        if self.options.guided and source is not None:
-            share = share_at(self.options.noise_scale, self.pipe.preset.noise_scale)
-            video = video.lerp(self.pipe.vae.guide(video, source), share).clamp_(-1, 1)
-        if source is None or not self.options.steady:
-            self._steady_state = SteadyState()
-            return video
-        return hold_still(video, source, self._steady_state, self.pipe.preset.steady or SteadyConfig())
-
-    def _decode(self, denoised: DenoisedChunk) -> Tensor:
-        """Pixels [1, T, 3, H, W] of a chunk."""
-        return self.pipe.vae.decode(denoised.latents[None], self._decoder_state)
+    def _with_held(self, chunks: Iterable[DecodedChunk]) -> list[np.ndarray]:
+        """Frames of the chunks, and of those that an input rule held back after them."""
+        return [clip for chunk in chunks for clip in self._held.after(chunk.chunk_idx, chunk.frames)]
 
     @property
     def _frames_wanted(self) -> int:
@@ -400,8 +369,9 @@ class StreamSession:
         if done:
             yield []  # end of a stage
         if not self._streams.delay_chunks:
-            return [clip for d in done for clip in self._held.after(d.chunk_idx, self.decode_chunk(d).frames)]
-        self._decoding += [(d.chunk_idx, self._start_decoding(d)) for d in done]
+            return self._with_held(self.decode_chunk(d) for d in done)
+        for denoised in done:
+            self._decoder.start(denoised, self.options)
         return self._decoded(but=self._streams.delay_chunks)
 
     def _take(self, frames: np.ndarray, num_frames: int | None = None) -> Work[list[np.ndarray]]:

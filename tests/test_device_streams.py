@@ -5,6 +5,7 @@ Everything runs at once and in order here; what is looked at is what a GPU would
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_memory_stays_for_the_stream_that_reads_it(cuda, pipe):
     streams = session._streams._streams
     encoded = session.encode_chunk(FRAMES[:5])
     assert (memory(encoded.chunk.latents), cuda.caller) in cuda.used_on
-    source = memory(session._sources[0])
+    source = memory(session._decoder._sources[0])
     (denoised,) = session.denoise_chunk(encoded)
     frames = session.decode_chunk(denoised).frames
     assert ("decode", 0) in cuda.host.finished, "who decodes a chunk himself gets its frames"
@@ -165,9 +166,10 @@ def test_streams_begin_after_what_the_caller_did(cuda):
 def test_closing_lets_go(pipe):
     session = pipe.start("pencil", steps=1)
     session.push(FRAMES)
-    assert len(session._decoding) == 1
+    decoder = weakref.ref(session._decoder)
+    assert len(decoder()._under_way) == 1
     session.close()
-    assert not session._decoding
+    assert decoder() is None
 
 
 def test_without_a_gpu_the_option_is_refused():

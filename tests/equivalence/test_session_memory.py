@@ -154,5 +154,5 @@ def test_adaptive_paper_sinks_need_no_more_memory(pipe):
         session.push(clip[i : i + 4])
         sizes.append(session.nbytes)
     full = 5 * 6 * 8 * 8 * 8  # slots * channels * latent height * width * bytes
-    assert max(sizes) <= session.cache.nbytes + 2 * full + session._decoder_state.nbytes
+    assert max(sizes) <= session.cache.nbytes + 2 * full + session._decoder.nbytes
     assert min(sizes[5:]) < max(sizes)
