@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,9 @@ from streamdiff_core.stream_options import StreamOptions
 from streamdiff_core.types import DenoisedChunk, StageLostError
 
 logger = logging.getLogger(__name__)
+
+LOCAL = "127.0.0.1"
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class RingChunkDecoder(ChunkDecoder):
@@ -245,26 +250,51 @@ def launch(preset_name: str, num_stages: int, *, device: str = "auto", **options
     most = get_preset(preset_name).model.num_layers + 2
     if not 1 <= num_stages <= most:
         raise ValueError(f"num_stages must be between 1 and {most} for preset {preset_name!r}, got {num_stages}")
-    store = dist.TCPStore("127.0.0.1", 0, num_stages, is_master=True, wait_for_workers=False)
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(num_stages)}
+    store = local_store(num_stages)
+    here = {"MASTER_ADDR": LOCAL, "MASTER_PORT": str(store.port), "WORLD_SIZE": str(num_stages)}
     plain = json.dumps({"preset_name": preset_name, "device": device, **options}, default=str)
     command = [sys.executable, "-m", "streamdiff_core.parallel_pipeline", plain]
-    workers = [
-        subprocess.Popen(command, env={**os.environ, **here, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(1, num_stages)
-    ]
+    workers: list[subprocess.Popen] = []
     try:
-        place = pick_device(device)
-        if place.type == "cuda" and place.index is None:
-            place = torch.device("cuda", 0)
-        nccl = place.type == "cuda" and torch.cuda.device_count() >= num_stages and dist.is_nccl_available()
-        pipe = join(preset_name, device=device, links=Links(store, 0, num_stages, place, nccl=nccl), **options)
+        with gloo_on_loopback():
+            for rank in range(1, num_stages):
+                ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                workers.append(subprocess.Popen(command, env={**os.environ, **here, **ranks}))
+            place = pick_device(device)
+            if place.type == "cuda" and place.index is None:
+                place = torch.device("cuda", 0)
+            nccl = place.type == "cuda" and torch.cuda.device_count() >= num_stages and dist.is_nccl_available()
+            links = Links(store, 0, num_stages, place, nccl=nccl)
+        pipe = join(preset_name, device=device, links=links, **options)
     except BaseException:
         for worker in workers:
             worker.kill()
         raise
     pipe._workers = workers
     return pipe
+
+
+def local_store(num_ranks: int) -> dist.TCPStore:
+    """A store that listens on this machine only: by itself ``TCPStore`` listens on every address, whatever its host."""
+    with socket.create_server((LOCAL, 0)) as listener:
+        port = listener.getsockname()[1]
+        return dist.TCPStore(
+            LOCAL, port, num_ranks, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+
+
+@contextmanager
+def gloo_on_loopback() -> Iterator[None]:
+    """Inside, gloo listens on the loopback interface and not on that of the host's name, unless the user named one."""
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if GLOO_INTERFACE in os.environ or not loopback:
+        yield
+        return
+    os.environ[GLOO_INTERFACE] = loopback[0]
+    try:
+        yield
+    finally:
+        del os.environ[GLOO_INTERFACE]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ a next step needs (SPEC §6.2). ``balance`` measures all ranks and moves layers 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import queue
@@ -26,7 +27,7 @@ from streamdiff_core.parallel.links import Links, Parcel
 from streamdiff_core.parallel.stage import MicroBatch, Stage
 from streamdiff_core.parallel.worker import publish_report
 from streamdiff_core.ring_handles import RingPrompt, SharedCache, Ticket
-from streamdiff_core.types import RowOp
+from streamdiff_core.types import RowOp, StageLostError
 
 MAX_PROMPTS = 16
 """Prompts that the ranks keep; more than the rows of one batch."""
@@ -279,8 +280,9 @@ class RingEngine:
     def close(self) -> None:
         """Let all ranks finish and stop; if a rank was lost there is nothing to finish."""
         if self.links.is_alive:
-            self._tell({"do": "stop"})
-            self.links.close()
+            with contextlib.suppress(StageLostError):
+                self._tell({"do": "stop"})
+                self.links.close()
         self._expected.put(None)
         self._expected_pixels.put(None)
         self.links.abandon()

@@ -16,7 +16,7 @@ import pytest
 from random_pipeline import moving_frames
 
 from streamdiff_core import StreamPipeline
-from streamdiff_core.parallel_pipeline import join, launch
+from streamdiff_core.parallel_pipeline import GLOO_INTERFACE, gloo_on_loopback, join, launch
 from streamdiff_core.types import StageLostError
 
 OPTIONS = dict(width=64, height=64, steps=2)
@@ -43,6 +43,28 @@ def test_launched_processes_do_what_one_does():
         assert session.stats.num_frames_out == 29
     assert one.shape == two.shape and np.abs(one.astype(int) - two).max() <= 1
     assert not psutil.Process().children(recursive=True)
+
+
+@pytest.mark.slow
+def test_launched_processes_listen_on_this_machine_only():
+    """``TCPStore`` by itself listens on every address, gloo on that of the host's name."""
+    with launch("tiny", 2, device="cpu", dtype="float32") as pipe:
+        for process in (psutil.Process(), psutil.Process(pipe._workers[0].pid)):
+            listening = {c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
+            assert listening == {"127.0.0.1"}
+    assert GLOO_INTERFACE not in os.environ
+
+
+def test_gloo_is_told_where_to_listen(monkeypatch):
+    """Not on the address of the host's name, which may be another machine's to reach; a user's own choice stays."""
+    monkeypatch.delenv(GLOO_INTERFACE, raising=False)
+    with gloo_on_loopback():
+        assert os.environ[GLOO_INTERFACE] in ("lo", "lo0")
+    assert GLOO_INTERFACE not in os.environ
+    monkeypatch.setenv(GLOO_INTERFACE, "eth7")
+    with gloo_on_loopback():
+        assert os.environ[GLOO_INTERFACE] == "eth7"
+    assert os.environ[GLOO_INTERFACE] == "eth7"
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ class Links:
                 self._nccl[wire] = group, torch.cuda.Stream(self.device)
         self._unsent: deque[tuple[Any, Tensor]] = deque()
         self._error: str | None = None
-        self._closed = threading.Event()
+        self._closed, self._over = threading.Event(), threading.Event()  # by its owner; for whatever reason
         self._dead_after_s, self._suspicious_s, self._on_death = dead_after_s, min(dead_after_s, 3.0), on_death
         self._is_suspicious = False
         self._threads = [threading.Thread(target=self._beat, daemon=True, name=f"beat {rank}")]
@@ -107,19 +107,29 @@ class Links:
     # --- tensors and commands -------------------------------------------------------------------------------------
 
     def send(self, wire: str, tensor: Tensor, to: int) -> None:
-        """Send a tensor that nobody changes any more; returns at once."""
-        tensor = tensor.contiguous()
+        """Send a tensor that nobody changes any more; returns at once.
+
+        Raises:
+            StageLostError: the other side is gone; it takes some seconds to find out who.
+        """
+        try:
+            self._unsent.append(self._start_sending(wire, tensor.contiguous(), to))
+            while len(self._unsent) > MAX_UNSENT:
+                self._unsent.popleft()[0].wait()
+        except RuntimeError as error:
+            self.failed(error)
+            self.check()
+            raise
+
+    def _start_sending(self, wire: str, tensor: Tensor, to: int) -> tuple[Any, Tensor]:
+        """What to wait for, and the tensor that has to stay until then."""
         if wire in self._nccl:
             group, stream = self._nccl[wire]
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
-                work = group.send([tensor], to, 0)
-        else:
-            tensor = tensor.cpu()
-            work = self._gloo.send([tensor], to, WIRES.index(wire))
-        self._unsent.append((work, tensor))
-        while len(self._unsent) > MAX_UNSENT:
-            self._unsent.popleft()[0].wait()
+                return group.send([tensor], to, 0), tensor
+        tensor = tensor.cpu()
+        return self._gloo.send([tensor], to, WIRES.index(wire)), tensor
 
     def recv(self, wire: str, shape: tuple[int, ...], dtype: torch.dtype, source: int) -> Parcel:
         """Receive a tensor of known shape. On gloo this waits for it, with NCCL only a stream does."""
@@ -190,7 +200,7 @@ class Links:
             return
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in BROKEN):
             self._is_suspicious = True
-            self._closed.wait(self._suspicious_s + 2.5)
+            self._over.wait(self._suspicious_s + 2.5)
         if self._error is None and not self._closed.is_set():
             text = " ".join(str(error).split())[:300]
             self._end(f"stage {self.rank} of {self.size} failed: {type(error).__name__}: {text}", tell=True)
@@ -207,6 +217,7 @@ class Links:
     def abandon(self) -> None:
         """Stop watching and beating at once."""
         self._closed.set()
+        self._over.set()
 
     def join(self) -> None:
         """Wait for this rank's threads: one that is inside gloo must not see the interpreter go."""
@@ -240,6 +251,7 @@ class Links:
         if self._error is not None:
             return
         self._error = reason
+        self._over.set()
         if tell and not self.store.check(["failed"]):
             self.store.set("failed", reason)
         logger.info("rank %d ends: %s", self.rank, reason)
