@@ -85,10 +85,16 @@ def forwards(preset, policy="sink", count=10, rows=2):
         yield copies, made
 
 
+def with_layers(name, count=6):
+    """A preset with fewer layers of its full width: what each of them copied would still be seen."""
+    preset = get_preset(name)
+    return replace(preset, model=replace(preset.model, num_layers=count))
+
+
 @pytest.mark.parametrize("name", ["wan-1.3b", "wan-14b"])
 def test_forward_at_480p_never_waits(name):
     """At most one small copy to the device besides the timesteps: the rotation of a position not seen before."""
-    for copies, made in forwards(get_preset(name)):
+    for copies, made in forwards(with_layers(name)):
         assert not copies.waits and not made.waits
         assert copies.num_copies <= 3
 
@@ -96,7 +102,7 @@ def test_forward_at_480p_never_waits(name):
 def test_steady_state_repeats_the_same_operations():
     """From a full cache on every forward starts the same kernels with the same shapes, and every third one in the same
     places: a window of three slots is written in turn. Three recorded CUDA graphs would therefore be a whole stream."""
-    preset = get_preset("wan-1.3b")
+    preset = with_layers("wan-1.3b")
     packed = replace(preset, cache=replace(preset.cache, positions="packed"))
     seen = [c for c, _ in forwards(packed, count=17)][10:]  # the cache is full and every slot has been at every place
     assert [c.num_copies for c in seen] == [1] * 7, "the timesteps"
@@ -107,11 +113,8 @@ def test_steady_state_repeats_the_same_operations():
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_policies(policy):
-    preset = get_preset("wan-1.3b")
-    small = replace(
-        preset, model=replace(preset.model, num_layers=2),
-        cache=CacheConfig(sink_frames=2, window_frames=6, positions="packed"),
-    )  # fmt: skip
+    cache = CacheConfig(sink_frames=2, window_frames=6, positions="packed")
+    small = replace(with_layers("wan-1.3b", 2), cache=cache)
     watched = forwards(small, policy, count=14)
     if policy == "slow_fast":  # which frame it merges depends on their numbers
         with pytest.raises(RuntimeError, match="item.. cannot be called on meta"):

@@ -91,6 +91,7 @@ def test_model_missing(open_page, tmp_path):
         assert "Traceback" not in page.content()
 
 
+@pytest.mark.long
 def test_server_full(open_page):
     with served("--pipe", "transparent", "--max-streams", "1", "--max-waiting", "0") as server:
         first = open_page(server.url)
@@ -103,6 +104,7 @@ def test_server_full(open_page):
         wait_for_frames(second, 8)
 
 
+@pytest.mark.long
 def test_a_full_house_has_a_line_and_who_waits_starts_by_itself(open_page):
     with served("--pipe", "transparent", "--max-streams", "1", "--max-waiting", "2") as server:
         first = open_page(server.url)

@@ -48,6 +48,7 @@ def lab(tmp_path):
     process.wait(20)
 
 
+@pytest.mark.long
 def test_runs_and_redraws_when_a_slider_is_dragged(lab, open_page):
     page = open_page(f"{lab}/tree/{NOTEBOOK}", wait=False)
     page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)

@@ -22,6 +22,7 @@ DROP = """
 """
 
 
+@pytest.mark.long
 def test_a_pause_longer_than_the_silence_limit_keeps_the_stream(transparent, open_page):
     page = open_page(transparent.url)
     wait_for_frames(page, 20)

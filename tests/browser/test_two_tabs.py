@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.browser.conftest import served
 from tests.browser.page import metrics, seen, use_camera, wait_for_frames, watch
 
@@ -29,6 +31,7 @@ GIVES_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLO
 """An allocator that returns what is freed at once, so that resident memory is memory in use."""
 
 
+@pytest.mark.long
 def test_closing_frees_everything(open_page, cameras):
     with served("--pipe", "transparent", env=GIVES_BACK) as server:
         stays = open_page(server.url)
