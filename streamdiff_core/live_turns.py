@@ -180,11 +180,11 @@ class Turns:
 
     def _works(self, group: Sequence[LiveStream], tick: Tick) -> list[Work[None]]:
         """The next chunk of each, as the tick wants it."""
-        num_dropped = {serve.stream_id: serve.num_dropped for serve in tick.serves}
+        serves = {serve.stream_id: serve for serve in tick.serves}
         for stream in group:
             stream.last_turn_s = self._clock()
-            stream.lower_steps(tick.setting.fewer_steps)
-            stream.inbox.discard(num_dropped[stream])
+            stream.lower_steps(stream.options.steps - serves[stream].steps)
+            stream.inbox.discard(serves[stream].num_dropped)
         return [stream.work() for stream in group]
 
     def _run_here(self, group: Sequence[LiveStream], tick: Tick) -> Mapping[LiveStream, Exception]:

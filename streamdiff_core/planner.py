@@ -59,6 +59,7 @@ def plan(
     """The next tick: the longest run of most urgent ready streams that finishes before the first is late.
 
     A first chunk that will be whole during the tick counts too, though it is not ready: a forward cannot be stopped.
+    One that would come out too late takes fewer steps, which shows in five frames.
     A stream that is late whatever happens does not hold the others back; it is served in its turn and its late
     frames are given up where newer ones wait. Urgency counts from the oldest waiting frame, or from the last
     service where that is earlier, so that no stream is passed over for long.
@@ -76,7 +77,7 @@ def plan(
     chosen: list[tuple[StreamView, Serve]] = []
     num_rows, first_due_s = 0, math.inf
     for stream in ready:
-        serve = serve_of(stream, setting, options)
+        serve = _hurried(stream, serve_of(stream, setting, options), runs_at, setting, now_s, options)
         before = [s for _, s in chosen]
         if chosen and (is_full(before, runs_at, options) or num_rows + serve.rows[0] > options.max_rows):
             break
@@ -300,6 +301,17 @@ def _drop_late(stream: StreamView, serve: Serve, setting: Setting, end_s: float,
     oldest_s = end_s + lag_of(stream, setting, options) - stream.deadline_ms / 1e3
     num_late = sum(arrival_s < oldest_s for arrival_s in stream.arrivals_s)
     return replace(serve, num_dropped=min(num_late, len(stream.arrivals_s) - serve.num_taken))
+
+
+def _hurried(
+    stream: StreamView, serve: Serve, model: LatencyModel, setting: Setting, now_s: float, options: PlannerOptions
+) -> Serve:
+    """A first chunk with fewer steps where all of them would bring it out too late and steps may be given up."""
+    least = min(options.min_steps, stream.steps) if stream.is_fresh and "steps" in options.degrade else serve.steps
+    while serve.steps > least and now_s + tick_ms([serve], model) / 1e3 > due_of(stream, setting, options):
+        setting = replace(setting, fewer_steps=stream.steps - serve.steps + 1)
+        serve = serve_of(stream, setting, options)
+    return serve
 
 
 def _keeps_waiting(

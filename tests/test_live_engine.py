@@ -385,6 +385,24 @@ def test_steps_go_down_under_overload_are_told_and_come_back(engine):
     assert [seq for seq, _ in viewer.pictures] == list(range(viewer.num_sent)), "no frame is lost on the way"
 
 
+def test_a_first_chunk_that_would_be_late_takes_fewer_steps_and_the_next_ones_all(engine):
+    """As if a forward of a first chunk took half a second, and no other chunk anything."""
+    steps, pipe = [], random_pipeline()
+    forward = pipe.engine.forward
+    pipe.engine.forward = lambda rows: steps.extend((op.chunk_idx, op.step) for _, op in rows) or forward(rows)
+
+    def first_takes_long(streams, model, state, now_s, options, *, num_busy):
+        slow = LatencyModel({stage: Line(500.0 if any(s.is_fresh for s in streams) else 0.0, 1e-6) for stage in STAGES})
+        return plan(streams, slow, state, now_s, replace(options, target_load=1e6, relax_load=1e5), num_busy=num_busy)
+
+    running = engine(pipe, turns=Turns(PlannerOptions(degrade=("steps",), mode="sequential"), policy=first_takes_long))
+    viewer = Viewer(running, "ink", steps=2, schedule="sequential").began()
+    steps.clear()
+    viewer.show(13).until(lambda: len(viewer.pictures) == 13)
+    assert steps == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [seq for seq, _ in viewer.pictures] == list(range(13))
+
+
 def test_a_newcomer_waits_in_line_and_comes_in_when_someone_leaves(engine):
     running = engine(max_streams=1, admission=AdmissionOptions(max_waiting=2))
     inside = Viewer(running).began()

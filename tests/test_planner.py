@@ -191,7 +191,31 @@ def test_a_joining_stream_goes_first_when_its_first_frame_is_due():
     fresh = waiting("new", age_s=0.5, fps=8, num=5, is_fresh=True)
     tick = plan([*others, fresh], MODEL, PlannerState(), 0.0, PlannerOptions())
     assert tick.serves[0].stream_id == "new"
-    assert tick.serves[0].latent_frames == 2 and tick.serves[0].rows == (1, 1)
+    assert tick.serves[0].latent_frames == 2 and tick.serves[0].rows == (1,), "two steps would take it beyond 0.6 s"
+
+
+@pytest.mark.parametrize(
+    ("age_s", "steps", "lower", "taken"),
+    [
+        (0.40, 3, {}, 3),  # 0.179 s for three steps: 3.5 + 3 · 52 + 19 ms
+        (0.45, 3, {}, 2),  # 0.127 s
+        (0.50, 3, {}, 1),  # 0.075 s
+        (0.58, 3, {}, 1),  # too late in any case: as soon as possible
+        (0.58, 3, {"min_steps": 2}, 2),
+        (0.58, 1, {"min_steps": 2}, 1),
+        (0.50, 3, {"degrade": ()}, 3),
+        (0.50, 3, {"degrade": ("frames",)}, 3),
+        (0.50, 3, {"is_fresh": False}, 3),
+    ],
+)
+def test_a_first_chunk_takes_as_many_steps_as_its_deadline_leaves_time_for(age_s, steps, lower, taken):
+    """And no other chunk does; 600 ms from the stream's first frame, and the model of this file."""
+    is_fresh = lower.pop("is_fresh", True)
+    stream = waiting("new", age_s=age_s, num=5, fps=8, steps=steps, is_fresh=is_fresh)
+    options = replace(PlannerOptions(mode="sequential", degrade=("steps",)), **lower)
+    tick = plan([stream], MODEL, PlannerState(), 0.0, options)
+    assert tick.serves[0].steps == len(tick.serves[0].rows) == taken
+    assert tick.setting.fewer_steps == 0
 
 
 def test_a_tick_costs_what_its_calls_cost():
