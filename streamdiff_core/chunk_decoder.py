@@ -1,4 +1,4 @@
-"""From the latents of a chunk to its frames: decoded, seams smoothed, edges taken from the input, still where it is.
+"""From a chunk's latents to its frames: decoded, seams smoothed, edges taken from the input, held still where it is.
 
 Kept here is what a stream remembers for it: the decoder's memory, the input of the chunks in flight, the pictures
 shown last, and chunks whose frames are still on their way from a GPU (``device_streams``).
@@ -24,6 +24,7 @@ from streamdiff_core.steady import SteadyState, hold_still
 from streamdiff_core.stream_options import StreamOptions
 from streamdiff_core.timing import StageTimer
 from streamdiff_core.types import DecodedChunk, DenoisedChunk, StreamingVAE
+from streamdiff_core.wiener import wiener
 
 
 class ChunkDecoder:
@@ -79,7 +80,7 @@ class ChunkDecoder:
         """Decoded frames with the edges of their input, and still where it is still; both [T, 3, H, W]."""
         if options.guided and source is not None:
             share = share_at(options.noise_scale, self._preset.noise_scale)
-            video = video.lerp(self._vae.guide(video, source), share).clamp_(-1, 1)
+            video = wiener(video.lerp(self._vae.guide(video, source), share), self._preset.grain_levels).clamp_(-1, 1)
         if source is None or not options.steady:
             self._steady_state = SteadyState()
             return video

@@ -263,6 +263,8 @@ class Preset:
     """When still pixels are held; None: by default they are not, every picture is shown as decoded, as in the paper."""
     seams: tuple[SeamConfig, ...] = ()
     """Seams smoothed after decoding, smallest cells first."""
+    grain_levels: float = 0.0
+    """Noise that guided pictures have on flat ground, grey levels; taken off again (``wiener``)."""
     width: int = 832
     """Default output width in pixels."""
     height: int = 480
@@ -310,6 +312,7 @@ PRESETS: dict[str, Preset] = {
             SeamConfig(period_px=8, largest_step=12.0, reach_px=2),
             SeamConfig(period_px=16, largest_step=30.0, reach_px=4),
         ),
+        grain_levels=2.0,
         width=256,
         height=256,
         text_to_video=False,
