@@ -104,14 +104,17 @@ class Denoiser:
 
         The next chunk then counts as a first one: it takes its steps in turn on one row, leaves at once and fills
         the other rows. Its past is what the last cache row held, the one that finished chunks leave through; under
-        another policy it has none.
+        another policy it has none. Nor when one step becomes more: what a single step wrote is as noisy as a chunk
+        begins, and a less noisy one that reads it as its sink is spoilt for good (``docs/LOG.md``).
         """
         built_from = ("steps", "schedule", "schedule_options", "clean_pass", "policy", "policy_options", "cache")
         if all(getattr(options, name) == getattr(self.options, name) for name in built_from):
             self.options = options
             return []
         done = yield from self._finish()
-        past, inputs, carries = self.cache, self._inputs[-1], options.policy == self.options.policy
+        past, inputs = self.cache, self._inputs[-1]
+        too_noisy = self.options.steps == 1 < options.steps and not self.options.clean_pass
+        carries = options.policy == self.options.policy and not too_noisy
         self.options = options
         self.schedule = self.new_schedule()
         self.cache = self._new_cache()

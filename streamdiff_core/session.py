@@ -193,8 +193,8 @@ class StreamSession:
         ``noise_scale``, ``motion_adaptive`` and ``seed`` simply hold for the next chunks, ``deadline_ms`` for the
         next frames out. For ``steps``, ``schedule``, ``clean_pass``, ``policy`` and ``cache`` (or its fields by
         name) what is in flight is finished first and comes out with the next chunk, which then leaves at once too.
-        The cache is carried over (``KVCache.take_over``); only another policy starts with an empty one. VAE memory,
-        frame numbers, noise average and prompt go on.
+        The cache is carried over (``KVCache.take_over``); another policy, and more steps after a single one, start with
+        an empty one. VAE memory, frame numbers, noise average and prompt go on.
 
         Raises:
             ValueError: unknown option, a value that cannot work, or one of width, height, mode and

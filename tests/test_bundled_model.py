@@ -55,6 +55,17 @@ def test_prompt_gives_its_own_style(pipe, clip, targets, style):
         assert psnr(output, targets[style]) > psnr(clip, targets[style]) + 3
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4)])
+def test_a_stream_goes_on_as_well_with_other_steps(pipe, clip, targets, before, after):
+    """With the cache that a single step wrote, two steps were 7 dB further from the filter, and stayed there."""
+    with pipe.start(DEFAULT_PROMPTS["pencil"], steps=before) as session:
+        first = session.push(clip[:5])
+        session.set_options(steps=after)
+        output = np.concatenate([first, session.push(clip[5:]), session.flush()])
+    unchanged = restyle(pipe, clip, DEFAULT_PROMPTS["pencil"], steps=after)
+    assert psnr(output[5:], targets["pencil"][5:]) > psnr(unchanged[5:], targets["pencil"][5:]) - 1
+
+
 @pytest.mark.parametrize("style", ["oil", "watercolour"])
 def test_flat_ground_shows_no_grid(pipe, clip, style):
     """Steps across the edges of 16-pixel tokens against those inside, both of at most 8 levels; 1.7 as decoded."""

@@ -107,7 +107,7 @@ def test_a_change_before_the_first_frame_is_another_start(pipe, frames):
 # --- what the next chunk sees -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("before", "after"), [(3, 2), (1, 3), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3), (2, 1)])
 def test_steps_change_on_the_cache_of_the_last_row(pipe, frames, before, after):
     """Oracle: the old cache itself, its last row copied to all others, under a new schedule."""
     session = pipe.start("pencil", steps=before)
@@ -255,6 +255,18 @@ def test_another_policy_starts_empty(pipe, frames):
         stream(session, frames[CHANGE_AFTER:29])
         assert session.cache.policy == POLICIES[policy](session.options.cache)
         assert {slot["frame"] for slot in session.stats.cache_slots} == {7}
+
+
+@pytest.mark.parametrize(("clean_pass", "held"), [(False, {7}), (True, {0, 4, 5, 6, 7})])
+def test_more_steps_after_a_single_one_start_empty(pipe, frames, clean_pass, held):
+    """What a single step wrote is noisier than all that more steps write; only clean frames are carried over."""
+    session = pipe.start("pencil", steps=1, schedule="sequential", clean_pass=clean_pass)
+    session.push(frames[:CHANGE_AFTER])
+    session.set_options(steps=2)
+    session.push(frames[CHANGE_AFTER:29])
+    assert {slot["frame"] for slot in session.stats.cache_slots if slot["frame"] is not None} <= held
+    assert 7 in {slot["frame"] for slot in session.stats.cache_slots}
+    assert clean_pass == (0 in {slot["frame"] for slot in session.stats.cache_slots})
 
 
 def test_the_new_policy_says_which_switches_there_are(pipe, frames, monkeypatch):
