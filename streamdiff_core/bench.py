@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from streamdiff_core import native_kernels
 from streamdiff_core.bench_baseline import compare_with_eager, synchronize
 from streamdiff_core.bench_frames import FrameLoop, source_frames
 from streamdiff_core.config import PRESETS
@@ -194,7 +195,8 @@ def count_chunk_flops(session: StreamSession, frames: np.ndarray) -> dict[str, i
 
     def counted(run: Callable[..., Any], *args: Any) -> tuple[Any, int]:
         with (
-            torch.compiler.set_stance("force_eager"),  # compiled code hides the products it calls
+            torch.compiler.set_stance("force_eager"),  # compiled code hides the products it calls,
+            native_kernels.switched_off(),  # and so do kernels of our own
             FlopCounterMode(display=False, custom_mapping=extra) as counter,
         ):
             result = run(*args)

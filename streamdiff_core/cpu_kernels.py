@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from streamdiff_core import native_kernels
+
 MAX_SCORES = 1 << 25
 """Largest score matrix (numbers) that is written out; beyond it fused attention saves memory."""
 _thread = threading.local()
@@ -37,6 +39,12 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if torch.compiler.is_compiling():  # a compiled graph looks after memory itself
         return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
+    if native_kernels.fits(*q.shape[1::2]) and native_kernels.is_ready():
+        out = torch.empty(len(q), q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype)  # [B, L, n, d]
+        for row in range(len(q)):
+            at = row if len(k) > 1 else 0
+            native_kernels.attend(*(x.transpose(0, 1) for x in (q[row], k[at], v[at])), out[row].flatten(1))
+        return out.transpose(1, 2)
     weights = _scratch(*q.shape[:3], k.shape[2])
     torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2), out=weights)
     return torch.matmul(torch.softmax(weights, dim=-1, out=weights), v)

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from streamdiff_core.attention import CrossAttention, PromptContext, Rotations, SelfAttention
 from streamdiff_core.config import ModelConfig
 from streamdiff_core.cpu_kernels import linear_gelu
+from streamdiff_core.kernel_block import KernelBlock
 from streamdiff_core.kv_cache import CacheView
+from streamdiff_core.native_kernels import is_ready
 from streamdiff_core.rope import spatial_rotation, temporal_rotation
 
 
@@ -60,10 +62,12 @@ class Block(nn.Module):
 
     int8: Callable[..., Tensor] | None = None
     """What computes this block's streams instead, from copies of its weights (``int8_blocks``)."""
+    _kernels: KernelBlock | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim = config.dim
+        self.register_load_state_dict_post_hook(Block.forget_kernels)
         self.eps = config.eps
         self.self_attn = SelfAttention(dim, config.num_heads, config.eps)
         self.norm3 = nn.LayerNorm(dim, eps=config.eps)
@@ -84,6 +88,11 @@ class Block(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """x [B, F, P, D], time [B, F, 6, D] -> [B, F, P, D]."""
+        if views is not None and not x.requires_grad and is_ready():
+            if self._kernels is None and KernelBlock.fits(self):
+                self._kernels = KernelBlock(self, self.int8)
+            if self._kernels is not None:
+                return self._kernels(x, time, layer, prompt, rotations, views)
         if self.int8 is not None and views is not None:
             return self.int8(x, time, layer, prompt, rotations, views)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(3).unbind(2)
@@ -93,6 +102,14 @@ class Block(nn.Module):
         x = x + self.cross_attn(self.norm3(x).flatten(1, 2), *prompt).view_as(x)
         y = modulate(F.layer_norm(x, x.shape[-1:], eps=self.eps), shift2, scale2)
         return torch.addcmul(x, self.ffn[2](linear_gelu(y, self.ffn[0])), gate2)
+
+    def forget_kernels(self, *_: object) -> None:
+        """The weights have changed: the kernels' view of them is made again when it is needed."""
+        self._kernels = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
+        self.forget_kernels()
+        return super()._apply(fn, recurse)
 
 
 class Head(nn.Module):

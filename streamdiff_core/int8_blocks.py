@@ -55,6 +55,7 @@ class Int8Linear:
         self._bias = bias.detach().float()
         # as tensors, so that one compiled graph serves all layers
         self._per_step, self._offset = torch.tensor([1 / self.step, self.zero + 0.5]).unbind()
+        self.per_step, self.offset, self.dtype = 1 / self.step, self.zero + 0.5, torch.uint8  # for kernels that round
         self._number = torch.tensor(next(_numbers))
         _layers[self._number.item()] = self
 
@@ -107,7 +108,7 @@ class Int8Block:
         plain = (a.o, c.q, c.o, block.ffn[0], block.ffn[2])
         weights = [a._fused, *((m.weight, m.bias) for m in plain)]
         linears = [Int8Linear(w, b, span) for (w, b), span in zip(weights, ranges, strict=True)]
-        self.qkv, self.o, self.cross_q, self.cross_o, self.up, self.down = linears
+        self.qkv, self.o, self.cross_q, self.cross_o, self.up, self.down = self.linears = linears
         self.num_heads, self.eps, self.dtype = a.num_heads, block.eps, a.o.weight.dtype
         # shift, 1 + scale and gate of both halves in one product, with the steps of what comes next taken in
         first, second = 1 / self.qkv.step, 1 / self.up.step
@@ -213,6 +214,7 @@ def use_int8(transformer: CausalWanTransformer, ranges: Int8Ranges) -> None:
         raise CheckpointError(f"{RANGES_FILE}: ranges of shape {found}, this transformer needs {needed}")
     for block, own in zip(transformer.blocks, ranges.ranges.tolist(), strict=True):
         block.int8 = Int8Block(block, own)
+        block.forget_kernels()
 
 
 def has_int8() -> bool:

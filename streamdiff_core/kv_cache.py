@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamdiff_core import native_kernels
 from streamdiff_core.config import ModelConfig
 from streamdiff_core.rope import rotate, temporal_rotation
 from streamdiff_core.types import TOKENS, KVPolicy, Read, RowPlan
@@ -231,7 +232,11 @@ class LayerSlots:
             turn = given.get(first)
             if turn is None:
                 turn = temporal_rotation(positions, self.model.rope_columns, self.k.dtype, self.k.device)
-            self.k[first : last + 1, ..., :width] = rotate(self.k_time[first : last + 1], turn[:, None])
+            raw, keys = self.k_time[first : last + 1], self.k[first : last + 1]
+            if raw.dtype == torch.bfloat16 and raw.device.type == "cpu" and native_kernels.is_ready():
+                native_kernels.turn(raw, keys, turn)
+            else:
+                keys[..., :width] = rotate(raw, turn[:, None])
 
     def tokens(self, slots: Sequence[int] | None, num_visible: int) -> tuple[Tensor, Tensor]:
         """Keys and values [N * P, n, d] of some slots; of the first ``num_visible`` without a copy."""

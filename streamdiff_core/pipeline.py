@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from streamdiff_core import native_kernels
 from streamdiff_core.attention import PromptContext
 from streamdiff_core.attention_choice import rank_backends
 from streamdiff_core.compiled import compile_blocks
@@ -70,6 +71,8 @@ class StreamPipeline:
         self._prompts_lock = threading.Lock()
         if self.device.type == "cpu":
             keep_freed_memory()
+            if transformer.dtype == torch.bfloat16:
+                native_kernels.is_ready()  # compiles them when they are first needed on a machine
 
     @classmethod
     def from_preset(
