@@ -53,10 +53,12 @@ $(BIN)/python:
 	@echo "Installing $(TORCH) and streamdiff into .venv ..."
 	@$(PIP) install -q "$(TORCH)"
 	@$(PIP) install -q -e .
+	@$(BIN)/python -m streamdiff_core.native_kernels
 	@touch $@
 
 .venv/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "Installing $(TORCH) and streamdiff[$*] into .venv ..."
 	@$(PIP) install -q "$(TORCH)"
 	@$(PIP) install -q -e ".[$*]"
+	@$(BIN)/python -m streamdiff_core.native_kernels
 	@touch $@

@@ -20,6 +20,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         ),
         ("threads", machine["torch_threads"]),
         ("CPU has bf16", "yes" if machine["cpu_has_bf16"] else "no"),
+        ("C++ kernels", "yes" if machine.get("cpu_kernels") else "no"),
         ("preset, size", f"{result['preset']}{_shrunken(result)}, {result['width']}×{result['height']}"),
         (
             "number type",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -80,8 +81,14 @@ def define_opaque(name: str, arguments: str, compute: Callable[..., Tensor], lik
         like: from the same arguments, an empty tensor of the result's shape and number type.
     """
     torch.library.define(f"streamdiff::{name}", f"({arguments}) -> Tensor")
-    torch.library.impl(f"streamdiff::{name}", "default", torch.compiler.disable(compute))
+    torch.library.impl(f"streamdiff::{name}", "default", lambda *args: _uncompiled(compute)(*args))
     torch.library.register_fake(f"streamdiff::{name}", like)
+
+
+@cache
+def _uncompiled(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Not at import: it brings the compiler, a second."""
+    return torch.compiler.disable(compute)
 
 
 def _fused_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from streamdiff_core import __version__
+from streamdiff_core import __version__, native_kernels
 from streamdiff_core.pipeline import cpu_has_bf16
 
 
@@ -35,6 +35,7 @@ def machine_facts(device: torch.device | str = "cpu") -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpu_cores": cores,
         "cpu_has_bf16": cpu_has_bf16(),
+        "cpu_kernels": native_kernels.is_ready(),
         "torch_threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "memory_free_gb": round(psutil.virtual_memory().available / 1e9, 1),

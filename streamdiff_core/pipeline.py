@@ -293,7 +293,7 @@ def load_preset(
     if str(vae) != "wan":
         raise ValueError(f"preset {preset.name!r} has a VAE of its own; leave out vae={str(vae)!r}")
     folder = _folder(preset, weights)
-    with torch.device("meta"):  # no time spent on random weights that are overwritten at once
+    with torch.random.fork_rng(devices=()):  # small; the meta device would import PyTorch's compiler, two seconds
         transformer, small_vae, text = (
             CausalWanTransformer(preset.model), TinyVAE(preset.vae), TinyTextEncoder(preset.text),
         )  # fmt: skip

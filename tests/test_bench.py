@@ -60,13 +60,14 @@ def test_counted_flops_equal_the_formula(pipe: StreamPipeline, schedule: str, st
     assert flops["total"] == flops["encode"] + flops["denoise"] + flops["decode"]
 
 
-def test_no_kernel_of_bfloat16_escapes_the_count() -> None:
-    """Fused CPU kernels run in bfloat16 only; what they compute is the same."""
+@pytest.mark.parametrize("preset", ["small", "tiny"])
+def test_no_kernel_of_bfloat16_escapes_the_count(preset: str) -> None:
+    """CPU kernels run in bfloat16 only, those in C++ on `tiny` only; what they compute is the same."""
     counts = []
     for dtype in (torch.float32, torch.bfloat16):
-        pipe = small_pipeline()
+        pipe = small_pipeline() if preset == "small" else StreamPipeline.from_preset("tiny", dtype=str(dtype)[6:])
         pipe.transformer.to(dtype)
-        session = pipe.start("pencil", steps=2)
+        session = pipe.start("pencil", steps=2, width=64, height=64)
         feed = FrameLoop(moving_frames(16, 64, 64))
         session.push(feed.take(5 + 4 * 8))
         counts.append(bench.count_chunk_flops(session, feed.take(4)))

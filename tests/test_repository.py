@@ -89,3 +89,16 @@ def test_import_loads_no_optional_package(statement: str) -> None:
     result = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+def test_a_stream_does_not_load_the_compiler_of_pytorch() -> None:
+    """It takes two seconds, which every command would wait for; the meta device and ``torch.compiler`` bring it."""
+    script = """
+import sys, numpy as np
+from streamdiff_core import StreamPipeline
+StreamPipeline.from_preset("tiny", device="cpu").start("ink").push(np.zeros((5, 64, 64, 3), np.uint8))
+print(*[m for m in ("torch._dynamo", "torch._inductor", "sympy") if m in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
