@@ -201,14 +201,15 @@ class Bench:
 
     def throughput(self, counts: Sequence[int]) -> float:
         """Together against one stream after another, in turn; frames per second of all at ``NUM_STREAMS``."""
-        self.say(f"## Throughput: streams together against one after another, medians of the rounds\n")
+        self.say("## Throughput: streams together against one after another, medians of the rounds\n")
         self.say("| streams | together, fps | one after another, fps | ratio of each round | median |")
         self.say("| --- | --- | --- | --- | --- |")
         capacity = 0.0
         one_by_one = PlannerOptions(degrade=(), fixed_batch=1)
         for count in counts:
             together, alone = [], []
-            for _ in range(ROUNDS_OF_CAPACITY if count == NUM_STREAMS else ROUNDS):  # one after the other, since the machine drifts
+            rounds = ROUNDS_OF_CAPACITY if count == NUM_STREAMS else ROUNDS
+            for _ in range(rounds):  # one after the other, since the machine drifts
                 together.append(self.saturated_fps(count, Turns(AS_ASKED), self.seconds))
                 alone.append(self.saturated_fps(count, Turns(one_by_one, policy=plan_fifo), self.seconds))
             ratios = [a / b for a, b in zip(together, alone, strict=True)]

@@ -113,10 +113,10 @@ class Int8Block:
         # shift, 1 + scale and gate of both halves in one product, with the steps of what comes next taken in
         first, second = 1 / self.qkv.step, 1 / self.up.step
         halves = (self.qkv.zero + 0.5, first, 0.0, self.up.zero + 0.5, second, 0.0)
-        self._fold = torch.tensor([first, first, 1.0, second, second, 1.0])[:, None]
-        self._base = block.modulation.detach().float() * self._fold + torch.tensor(halves)[:, None]  # [1, 6, D]
-        self._norm3 = [x.detach().float() / self.cross_q.step for x in (block.norm3.weight, block.norm3.bias)]
-        self._norm3[1] += self.cross_q.zero + 0.5
+        self.fold = torch.tensor([first, first, 1.0, second, second, 1.0])[:, None]
+        self.base = block.modulation.detach().float() * self.fold + torch.tensor(halves)[:, None]  # [1, 6, D]
+        self.norm3 = [x.detach().float() / self.cross_q.step for x in (block.norm3.weight, block.norm3.bias)]
+        self.norm3[1] += self.cross_q.zero + 0.5
         root = a.o.weight.shape[0] ** 0.5
         self._norm_qk = root * torch.stack([a.norm_q.weight, a.norm_k.weight]).detach().float()  # [2, D]
         self._norm_cross = root * c.norm_q.weight.detach().float()
@@ -154,7 +154,7 @@ class Int8Block:
         """What was ``seen`` [B, L, D] is added, then the prompt (k, v as in ``attend``), then the feed-forward."""
         gate1, shift, scale, gate2 = self._modulation(time)[2:]
         x = torch.addcmul(x.float(), self.o(self.o.round(seen)).view_as(x), gate1)
-        y = to_uint8(F.layer_norm(x, x.shape[-1:], *self._norm3, eps=self.eps)).flatten(1, 2)
+        y = to_uint8(F.layer_norm(x, x.shape[-1:], *self.norm3, eps=self.eps)).flatten(1, 2)
         q = _rms_norm(self.cross_q(y), self._norm_cross).to(self.dtype).unflatten(-1, (self.num_heads, -1))
         x = x + self.cross_o(self.cross_o.round(attend(q, k, v))).view_as(x)
         y = to_uint8(torch.addcmul(shift, self._norm(x), scale))
@@ -162,7 +162,7 @@ class Int8Block:
 
     def _modulation(self, time: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate, twice, [B, F, 1, D], of a number of steps where a product follows."""
-        return torch.addcmul(self._base, time, self._fold).unsqueeze(3).unbind(2)
+        return torch.addcmul(self.base, time, self.fold).unsqueeze(3).unbind(2)
 
     def _norm(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=self.eps)

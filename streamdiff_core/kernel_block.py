@@ -54,8 +54,8 @@ class KernelBlock:
         self.num_heads, self.eps = a.num_heads, block.eps
         self._norm_q, self._norm_k, self._norm_cross = (m.weight.float() for m in (a.norm_q, a.norm_k, c.norm_q))
         if int8 is not None:
-            self._linears, self._base, self._fold = int8.linears, int8._base, int8._fold
-            self._norm3 = tuple(reversed(int8._norm3))
+            self._linears, self._base, self._fold = int8.linears, int8.base, int8.fold
+            self._norm3 = tuple(reversed(int8.norm3))
             return
         plain = (a.o, c.q, c.o, block.ffn[0], block.ffn[2])
         self._linears = [HalfLinear(w, b) for w, b in (a._fused, *((m.weight, m.bias) for m in plain))]
