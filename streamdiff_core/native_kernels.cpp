@@ -183,6 +183,39 @@ void attend_all(Heads q, Heads k, Heads v, Out* out, int queries, int n, int hea
     }
 }
 
+Vec gelu(Vec x) {  // tanh form: x / (1 + e^(-2y)), y = sqrt(2 / pi) (x + 0.044715 x^3)
+    const Vec cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), all(0.044715f), all(1));
+    const Vec power = _mm512_mul_ps(_mm512_mul_ps(x, cubic), all(-2.302208198f));  // -2 sqrt(2 / pi) / ln 2
+    return _mm512_div_ps(x, _mm512_add_ps(all(1), exp2(_mm512_min_ps(power, all(126)))));
+}
+
+// ROWS tokens times one panel of 64 outputs; a token beyond the last is the last once more, and not stored.
+constexpr int ROWS = 6, PANEL = 64;
+void multiply_tile(const bf16* x, int rows, const uint32_t* panel, const float* bias, bf16* out, long width, long outputs,
+                   bool with_gelu) {
+    const uint32_t* token[ROWS];
+    for (int b = 0; b < ROWS; b++) token[b] = (const uint32_t*)(x + (b < rows ? b : rows - 1) * width);
+    Vec sum[ROWS][4];
+    for (int b = 0; b < ROWS; b++)
+        for (int a = 0; a < 4; a++) sum[b][a] = load(bias + LANES * a);
+    for (long i = 0; i < width / 2; i++) {
+        __m512i w[4];
+#pragma GCC unroll 4
+        for (int a = 0; a < 4; a++) w[a] = _mm512_loadu_si512(panel + i * PANEL + LANES * a);
+#pragma GCC unroll 6
+        for (int b = 0; b < ROWS; b++) {
+            const __m512i pair = _mm512_set1_epi32(token[b][i]);
+#pragma GCC unroll 4
+            for (int a = 0; a < 4; a++) sum[b][a] = dot(sum[b][a], pair, w[a]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int b = 0; b < ROWS; b++)
+#pragma GCC unroll 4
+        for (int a = 0; a < 4; a++)
+            if (b < rows) store(out + b * outputs + LANES * a, with_gelu ? gelu(sum[b][a]) : sum[b][a]);
+}
+
 template <class Added, class Out>
 void add_norm_all(const float* residual, const Added* added, const float* gate, float* sum, const float* shift,
                   const float* scale, Out* out, long tokens, int width, long group, long gate_step, long step, float eps) {
@@ -265,12 +298,16 @@ void norm_rotate(const void* in, int is_half, long in_step, const float* weight,
     else norm_rotate_all((const float*)in, in_step, weight, by, period, out, tokens, width, d, eps);
 }
 
-void gelu(bf16* x, long count) {  // tanh form: x / (1 + e^(-2y)), y = sqrt(2 / pi) (x + 0.044715 x^3)
-#pragma omp parallel for schedule(static)
-    for (long i = 0; i < count; i += LANES) {
-        const Vec v = load(x + i), cubic = _mm512_fmadd_ps(_mm512_mul_ps(v, v), all(0.044715f), all(1));
-        const Vec power = _mm512_mul_ps(_mm512_mul_ps(v, cubic), all(-2.302208198f));  // -2 sqrt(2 / pi) / ln 2
-        store(x + i, _mm512_div_ps(v, _mm512_add_ps(all(1), exp2(_mm512_min_ps(power, all(126))))));
+void linear(const bf16* x, const uint32_t* panels, const float* bias, bf16* out, long tokens, long width, long outputs,
+            int with_gelu) {
+    constexpr long BLOCK = 16 * ROWS;
+    const long blocks = (tokens + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (long task = 0; task < outputs / PANEL * blocks; task++) {
+        const long p = task / blocks, first = task % blocks * BLOCK, end = first + BLOCK < tokens ? first + BLOCK : tokens;
+        for (long t = first; t < end; t += ROWS)
+            multiply_tile(x + t * width, end - t < ROWS ? end - t : ROWS, panels + p * PANEL * (width / 2), bias + p * PANEL,
+                          out + t * outputs + p * PANEL, width, outputs, with_gelu);
     }
 }
 

@@ -35,6 +35,8 @@ FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mfma",
     *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")),
 )  # fmt: skip
+PANEL = 64
+"""Outputs of a layer that are computed together."""
 COMPILE_S = 120.0
 """A compiler that takes longer is given up."""
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -44,7 +46,7 @@ _ARGUMENTS = {
         _POINTER, _POINTER, _INT, *[_POINTER] * 5, _INT, _LONG, _INT, _LONG, _LONG, _LONG, _FLOAT,
     ],
     "norm_rotate": [_POINTER, _INT, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT, _INT, _FLOAT],
-    "gelu": [_POINTER, _LONG],
+    "linear": [*[_POINTER] * 4, _LONG, _LONG, _LONG, _INT],
     "turn": [*[_POINTER, _LONG, _LONG, _LONG] * 2, _POINTER, *[_INT] * 4],
 }  # fmt: skip
 
@@ -164,10 +166,20 @@ def norm_rotate(x: Tensor, weight: Tensor | None, rotation: Tensor | None, num_h
     return out
 
 
-def gelu_(x: Tensor) -> Tensor:
-    """tanh-GELU of bfloat16, contiguous, a multiple of 16 numbers, in place."""
-    _Kernels.library.gelu(x.data_ptr(), x.numel())
-    return x
+def pack(weight: Tensor) -> Tensor:
+    """A layer's weight [D', D] bfloat16, D' a multiple of 64, as ``linear`` reads it: a copy of the same size."""
+    pairs = weight.detach().contiguous().view(torch.int32)  # [D', D / 2]
+    return pairs.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
+    """Linear layer, or its tanh-GELU, in bfloat16: x [..., D], contiguous, and bias [D'] float32 -> [..., D']."""
+    width, outputs = x.shape[-1], len(bias)
+    out = torch.empty(*x.shape[:-1], outputs, dtype=torch.bfloat16)
+    _Kernels.library.linear(
+        x.data_ptr(), packed.data_ptr(), bias.data_ptr(), out.data_ptr(), x.numel() // width, width, outputs, gelu
+    )
+    return out
 
 
 def turn(raw: Tensor, keys: Tensor, rotation: Tensor) -> None:

@@ -143,9 +143,27 @@ def test_norm_and_rotation(dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize("tokens, width, outputs", [(96, 64, 64), (1, 2, 128), (103, 256, 192), (200, 1024, 64)])
+def test_linear(tokens, width, outputs):
+    """Whole blocks, one token, a block and a tile begun."""
+    x, weight = torch.randn(1, tokens, width).bfloat16(), torch.randn(outputs, width).bfloat16()
+    bias = torch.randn(outputs)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    scale = width**0.5  # of the results; sums are in float32
+    assert_close(native.linear(x, native.pack(weight), bias).double(), exact, rtol=2**-8, atol=1e-5 * scale)
+    assert_close(
+        native.linear(x, native.pack(weight), bias, gelu=True).double(), F.gelu(exact, approximate="tanh"),
+        rtol=2**-7, atol=1e-4 * scale,
+    )  # fmt: skip
+
+
+@needs_kernels
 def test_gelu_up_to_where_it_is_flat():
-    x = torch.cat([torch.linspace(-60, 60, 4000), torch.linspace(-4, 4, 4000)]).bfloat16()
-    assert_close(native.gelu_(x.clone()).double(), F.gelu(x.double(), approximate="tanh"), **HALF)
+    x = torch.cat([torch.linspace(-60, 60, 4000), torch.linspace(-4, 4, 4000)]).bfloat16().unsqueeze(1)
+    x = F.pad(x, (0, 1))
+    weight, bias = torch.eye(2).bfloat16().repeat(32, 1), torch.zeros(64)
+    want = F.gelu(x[:, :1].double(), approximate="tanh").expand(-1, 32)
+    assert_close(native.linear(x, native.pack(weight), bias, gelu=True)[:, ::2].double(), want, **HALF)
 
 
 @needs_kernels
