@@ -56,7 +56,7 @@ class BenchOptions:
     """``auto``, ``cpu``, ``cuda``."""
     dtype: str = "auto"
     """``auto``, ``float32``, ``bfloat16``."""
-    quantisation: str | None = None
+    quantisation: str | None = "auto"
     """As for ``StreamPipeline.from_preset``."""
     weights: str | None = None
     """Folder of weights in place of the bundled ones."""
@@ -93,7 +93,7 @@ def run_benchmark(options: BenchOptions, progress: Callable[[str], None] = lambd
     width, height = options.size or (pipe.preset.width, pipe.preset.height)
     frames = source_frames(options.source, width, height)
     progress("peak of matrix products")
-    peaks = gemm_peaks(pipe.device, with_int8=options.quantisation == "w8a8")
+    peaks = gemm_peaks(pipe.device, with_int8=pipe.quantisation == "w8a8")
     runs = []
     for steps in options.steps:
         progress(f"{steps} step{'s' if steps > 1 else ''}")
@@ -120,7 +120,7 @@ def run_benchmark(options: BenchOptions, progress: Callable[[str], None] = lambd
         "vae": options.vae,
         "device": str(pipe.device),
         "dtype": dtype,
-        "quantisation": options.quantisation,
+        "quantisation": pipe.quantisation,
         "weights": "random" if options.random_weights else "of the caller" if options.weights else "bundled",
         "source": options.source or "synthetic",
         "width": width,
@@ -266,8 +266,9 @@ def load_pipeline(options: BenchOptions) -> StreamPipeline:
         if options.quantisation == "w8a8":
             raise ValueError("random weights have no ranges, which w8a8 rounds with; leave out either")
         pipe = random_pipeline(options.preset, options.device, options.dtype, vae=options.vae, shrink=options.shrink)
-        if options.quantisation:
+        if options.quantisation not in (None, "auto"):
             quantise(pipe.transformer, options.quantisation)
+            pipe.quantisation = options.quantisation
     elif options.shrink > 1:
         raise ValueError("trained weights have one size; shrink goes with random weights only")
     else:

@@ -188,7 +188,7 @@ def bench_command(args: argparse.Namespace) -> int:
         preset=args.preset, steps=args.steps, schedule=args.schedule, size=args.size, num_chunks=args.chunks,
         source=args.input, device=args.device, dtype=args.dtype, weights=args.weights,
         random_weights=args.random_weights, compare_eager=not args.no_eager, vae=args.vae, shrink=args.shrink,
-        quantisation=args.quantise, compile=args.compile, cuda_graphs=args.cuda_graphs,
+        quantisation=quantisation_of(args), compile=args.compile, cuda_graphs=args.cuda_graphs,
         overlap_stages=args.overlap_stages,
     )  # fmt: skip
     result = bench.run_benchmark(options, progress=lambda what: print(f"measuring: {what}", file=sys.stderr))
@@ -279,6 +279,11 @@ def presets_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def quantisation_of(args: argparse.Namespace) -> str | None:
+    """``--quantise`` as ``from_preset`` takes it."""
+    return None if args.quantise == "none" else args.quantise
+
+
 def load(args: argparse.Namespace) -> Any:
     """The pipeline that the model options ask for."""
     from streamdiff_core.pipeline import StreamPipeline
@@ -288,7 +293,7 @@ def load(args: argparse.Namespace) -> Any:
         return load_stages(args)
     return StreamPipeline.from_preset(
         args.preset, device=args.device, dtype=args.dtype, weights=args.weights,
-        vae=args.vae, lora=dict(args.lora), quantisation=args.quantise, compile=args.compile,
+        vae=args.vae, lora=dict(args.lora), quantisation=quantisation_of(args), compile=args.compile,
         cuda_graphs=args.cuda_graphs, overlap_stages=getattr(args, "overlap_stages", False),
     )  # fmt: skip
 
@@ -299,7 +304,7 @@ def load_stages(args: argparse.Namespace) -> Any:
 
     from streamdiff_core.parallel_pipeline import join, launch
 
-    if args.lora or args.quantise or args.compile or args.cuda_graphs or args.overlap_stages:
+    if args.lora or args.quantise not in ("auto", "none") or args.compile or args.cuda_graphs or args.overlap_stages:
         raise ValueError(
             "--lora, --quantise, --compile, --cuda-graphs and --overlap-stages do not go with several stages; "
             "leave out either"

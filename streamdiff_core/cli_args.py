@@ -20,7 +20,7 @@ POLICIES, SCHEDULES = (
 """Read off the files, so that ``--help`` need not import them."""
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 TINY = PRESETS["tiny"]
-QUANTISATIONS = ("int8", "fp8", "w8a8")
+QUANTISATIONS = ("none", "int8", "fp8", "w8a8")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,8 +84,9 @@ def _model_options() -> argparse.ArgumentParser:
     model.add_argument(
         "--quantise",
         choices=QUANTISATIONS,
-        help="weights in int8 or fp8 (needs torchao), or "
-        "weights and activations in 8 bits (w8a8: preset tiny, CPU with VNNI); default neither",
+        default="auto",
+        help="weights in int8 or fp8 (needs torchao), or weights and activations in 8 bits (w8a8: preset tiny, CPU "
+        "with VNNI; the default there where g++ made the C++ kernels and no --dtype is given)",
     )
     model.add_argument("--compile", action="store_true", help="torch.compile the transformer: slow start")
     model.add_argument("--cuda-graphs", action="store_true", help="record and replay forwards (GPU; not measured)")

@@ -30,7 +30,7 @@ from streamdiff_core.dit import CausalWanTransformer
 from streamdiff_core.engine import Engine
 from streamdiff_core.full_size import load_modules
 from streamdiff_core.host_memory import keep_freed_memory
-from streamdiff_core.int8_blocks import RANGES_FILE, Int8Ranges, load_ranges, use_int8
+from streamdiff_core.int8_blocks import RANGES_FILE, Int8Ranges, has_int8, load_ranges, use_int8
 from streamdiff_core.lora import merge_lora
 from streamdiff_core.memory_need import PROMPT_BYTES
 from streamdiff_core.parallel.stage import StagePart
@@ -58,6 +58,8 @@ class StreamPipeline:
     """Whether sessions encode and decode on CUDA streams of their own (``device_streams``)."""
     int8_ranges: Int8Ranges | None = None
     """What activations are rounded with under ``quantisation="w8a8"``."""
+    quantisation: str | None = None
+    """How numbers are rounded: ``int8``, ``fp8``, ``w8a8`` or not."""
 
     def __init__(
         self, preset: Preset, transformer: CausalWanTransformer, vae: StreamingVAE, text_encoder: TextEncoder
@@ -84,7 +86,7 @@ class StreamPipeline:
         weights: str | Path | None = None,
         vae: str | Path = "wan",
         lora: Mapping[str, float] | None = None,
-        quantisation: str | None = None,
+        quantisation: str | None = "auto",
         compile: bool = False,
         cuda_graphs: bool = False,
         overlap_stages: bool = False,
@@ -100,7 +102,9 @@ class StreamPipeline:
             vae: full-size presets: ``wan``, or the file of a TAEHV.
             lora: {file or hub repository: strength}, merged into the transformer in this order.
             quantisation: ``int8`` or ``fp8`` weights through torchao; ``w8a8`` for weights and activations in 8 bits
-                on a CPU with VNNI instructions (``tiny``, or ``weights`` with their ranges); default none.
+                on a CPU with VNNI instructions (``tiny``, or ``weights`` with their ranges); None: neither. ``auto``:
+                ``w8a8`` for the bundled weights where this machine has all that makes it fast, unless ``dtype`` is
+                given; the pictures differ by 55 dB.
             compile: run the transformer's blocks through ``torch.compile``; the first chunks then take minutes.
             cuda_graphs: record forwards that repeat and replay them; needs a GPU, and was not measured on one.
             overlap_stages: decode a chunk while the next one is denoised; ``push`` then returns the frames of the chunk
@@ -111,6 +115,9 @@ class StreamPipeline:
             CheckpointError: weights missing, not fitting, or too large for this machine.
         """
         preset, ranges = get_preset(name), None
+        if quantisation == "auto":
+            is_own = preset.bundled and weights is None and not lora and dtype == "auto"
+            quantisation = "w8a8" if is_own and has_fast_int8(pick_device(device)) else None
         if quantisation == "w8a8":  # what cannot be done is said before a download
             if not preset.bundled:
                 raise ValueError("quantisation 'w8a8' is for `tiny`; full-size presets take int8 or fp8")
@@ -127,6 +134,7 @@ class StreamPipeline:
             pipe.int8_ranges = ranges
         elif quantisation:
             quantise(pipe.transformer, quantisation)
+        pipe.quantisation = quantisation
         return pipe.speed_up(compile=compile, cuda_graphs=cuda_graphs, overlap_stages=overlap_stages)
 
     @classmethod
@@ -343,6 +351,11 @@ def cpu_has_bf16() -> bool:
     return any(
         getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
+
+
+def has_fast_int8(device: torch.device) -> bool:
+    """Whether 8-bit products beat bfloat16 ones here: a CPU with both in hardware, and kernels between the products."""
+    return device.type == "cpu" and cpu_has_bf16() and has_int8() and native_kernels.is_ready()
 
 
 def cast_vae(vae: TinyVAE, device: torch.device, dtype: torch.dtype) -> TinyVAE:

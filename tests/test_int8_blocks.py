@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from streamdiff_core import StreamPipeline, int8_blocks
+from streamdiff_core import StreamPipeline, int8_blocks, pipeline
 from streamdiff_core.bench import count_chunk_flops
 from streamdiff_core.compiled import compile_blocks
 from streamdiff_core.config import CacheConfig, ModelConfig
@@ -221,3 +221,26 @@ def test_the_bundled_ranges_come_from_the_command(tmp_path, monkeypatch):
         seen[..., 1] <= bundled[..., 1] + slack[..., 1]
     ).all()
     assert (seen.abs() > 0.2 * bundled.abs()).all()
+
+
+@needs_vnni
+def test_the_bundled_model_takes_8_bit_products_where_they_are_fast(monkeypatch, tmp_path):
+    """Not where the user names a number type, brings weights that the ranges were not measured on, or says no."""
+    monkeypatch.setattr(pipeline, "has_fast_int8", lambda device: device.type == "cpu")
+    own = StreamPipeline.from_preset("tiny", device="cpu")
+    assert own.quantisation == "w8a8" and own.transformer.blocks[0].int8 is not None
+    shutil.copytree(ASSETS / "tiny", tmp_path / "tiny")
+    for choice in ({"quantisation": None}, {"dtype": "bfloat16"}, {"weights": tmp_path / "tiny"}):
+        pipe = StreamPipeline.from_preset("tiny", device="cpu", **choice)
+        assert pipe.quantisation is None and pipe.transformer.blocks[0].int8 is None
+    monkeypatch.setattr(pipeline, "has_fast_int8", lambda device: False)
+    assert StreamPipeline.from_preset("tiny", device="cpu").quantisation is None
+
+
+def test_8_bit_products_are_no_default_without_the_kernels(monkeypatch):
+    monkeypatch.setattr(pipeline, "has_int8", lambda: True)
+    monkeypatch.setattr(pipeline, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(pipeline.native_kernels, "is_ready", lambda: False)
+    assert not pipeline.has_fast_int8(CPU)
+    monkeypatch.setattr(pipeline.native_kernels, "is_ready", lambda: True)
+    assert pipeline.has_fast_int8(CPU) and not pipeline.has_fast_int8(torch.device("cuda"))
