@@ -2,7 +2,8 @@
 
 Computes what ``Block.forward`` does, or ``Int8Block`` where 8-bit products are used, with fewer roundings: the residual
 stays in float32 and each norm, modulation and rotation is one pass. It holds views of the block's weights, so the
-block makes a new one when they change.
+block makes a new one when they change. Hooks on modules inside the block see nothing of it: run what is to be watched
+inside ``native_kernels.switched_off()``, with ``quantisation=None``.
 
 Shapes: B rows, F latent frames, P tokens per frame, L = F * P, D width, n heads.
 """
