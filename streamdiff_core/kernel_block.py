@@ -1,9 +1,9 @@
 """A transformer block's stream in fifteen operations: matrix products, and the native kernels between them.
 
 Computes what ``Block.forward`` does, or ``Int8Block`` where 8-bit products are used, with fewer roundings: the residual
-stays in float32 and each norm, modulation and rotation is one pass. It holds views of the block's weights, so the
-block makes a new one when they change. Hooks on modules inside the block see nothing of it: run what is to be watched
-inside ``native_kernels.switched_off()``, with ``quantisation=None``.
+stays in float32 within a block and each norm, modulation and rotation is one pass. It holds views of the block's
+weights, so the block makes a new one when they change. Hooks on modules inside the block see nothing of it: run what is
+to be watched inside ``native_kernels.switched_off()``, with ``quantisation=None``.
 
 Shapes: B rows, F latent frames, P tokens per frame, L = F * P, D width, n heads.
 """
@@ -67,13 +67,14 @@ class KernelBlock:
         self._norm_q, self._norm_k, self._norm_cross = (m.weight.float() for m in (a.norm_q, a.norm_k, c.norm_q))
         if int8 is not None:
             self._linears, self._base, self._fold = int8.linears, int8.base, int8.fold
-            self._norm3 = tuple(reversed(int8.norm3))
+            self._norm3, self._handed_on = tuple(reversed(int8.norm3)), torch.float32
             return
         plain = (a.o, c.q, c.o, block.ffn[0], block.ffn[2])
         self._linears = [HalfLinear(w, b) for w, b in (a._fused, *((m.weight, m.bias) for m in plain))]
         self._fold = torch.ones(6, 1)
         self._base = block.modulation.float() + torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])[:, None]  # 1 + scale
         self._norm3 = block.norm3.bias.float(), block.norm3.weight.float()
+        self._handed_on = torch.bfloat16  # as pipeline stages do: where they are cut changes nothing
 
     @staticmethod
     def fits(block: Block) -> bool:
@@ -100,7 +101,7 @@ class KernelBlock:
         rotations: Rotations,
         views: Sequence[CacheView],
     ) -> Tensor:
-        """x [B, F, P, D], time [B, F, 6, D] -> float32 [B, F, P, D]."""
+        """x [B, F, P, D], time [B, F, 6, D] -> [B, F, P, D], bfloat16, or float32 with 8-bit products."""
         qkv, o, cross_q, cross_o, up, down = self._linears
         b, width = len(x), x.shape[-1]
         x = x.float().contiguous()
@@ -123,7 +124,7 @@ class KernelBlock:
             self._attend(queries, [Read(k, v)], out, cross_o)
         native.add_norm(total, cross_o(y), None, total, (shift2, scale2), y, self.eps)
         native.add_norm(total, down(up.gelu_for(y, down)), gate2, total, None, None, self.eps)
-        return total
+        return total.to(self._handed_on)
 
     def _attend(self, q: Tensor, reads: list[Read], out: Tensor, consumer: Any) -> None:
         """Queries [L, n, d] and what one row sees -> ``out`` [L, D], as the next layer reads it."""

@@ -89,6 +89,25 @@ def test_a_row_does_not_depend_on_the_others(model):
         assert torch.equal(together[:, row], stream(model, [row])[:, 0])
 
 
+def test_it_does_not_matter_where_stages_are_cut(model):
+    """Stages hand bfloat16 on. A residual kept in float32 between blocks would be rounded where they are cut only."""
+    policy = POLICIES["sink"](CacheConfig(sink_frames=1, window_frames=3, positions="packed"))
+    outputs = []
+    with torch.inference_mode():
+        context = model.encode_prompt(torch.randn(1, 5, 16))
+        tokens = model.embed(torch.randn(1, 1, 4, 8, 8), torch.full((1, 1), 500.0))
+        for cut in (False, True):
+            cache = KVCache(CONFIG, policy, num_rows=1, tokens_per_frame=16, dtype=model.dtype)
+            views, x = [cache.begin(0, (0,))], tokens.x
+            rotations = model.rotations(4, 4, x, views)
+            for layer, block in enumerate(model.blocks):
+                prompt = context.keys[layer], context.values[layer]
+                x = block(x, tokens.time6, layer, prompt, rotations, views, None)
+                x = x.to(torch.bfloat16) if cut else x
+            outputs.append(x)
+    assert torch.equal(*outputs)
+
+
 def test_changed_weights_are_used(model):
     stream(model, [0])
     other = copy.deepcopy(model)
