@@ -40,7 +40,7 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if torch.compiler.is_compiling():  # a compiled graph looks after memory itself
         return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
-    if native_kernels.fits(*q.shape[1::2]) and native_kernels.is_ready():
+    if native_kernels.fits(q.shape[3]) and native_kernels.is_ready():
         out = torch.empty(len(q), q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype)  # [B, L, n, d]
         for row in range(len(q)):
             at = row if len(k) > 1 else 0

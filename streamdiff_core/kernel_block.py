@@ -87,7 +87,7 @@ class KernelBlock:
             and all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in layers)
             and a.o.weight.dtype == torch.bfloat16
             and a.o.weight.device.type == "cpu"
-            and native.fits(a.num_heads, a.o.weight.shape[0] // a.num_heads)
+            and native.fits(a.o.weight.shape[0] // a.num_heads)
             and block.ffn[0].weight.shape[0] % 16 == 0
             and native.is_ready()
         )

@@ -86,9 +86,9 @@ def switched_off() -> Iterator[None]:
         _Kernels.is_switched_off = before
 
 
-def fits(num_heads: int, head_dim: int) -> bool:
-    """Whether attention of this shape has a kernel; norms take every such width."""
-    return head_dim % 64 == 0 and head_dim <= 256 and num_heads > 0
+def fits(head_dim: int) -> bool:
+    """Whether attention with heads of this width has a kernel; norms take every model of such heads."""
+    return head_dim % 64 == 0 and 0 < head_dim <= 256
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, per_step: float = 1.0, offset: float = 0.0) -> Tensor:
@@ -156,6 +156,7 @@ def norm_rotate(x: Tensor, weight: Tensor | None, rotation: Tensor | None, num_h
         [B, L, n, d].
     """
     batch, length, width = x.shape
+    assert x.stride(2) == 1 and (batch == 1 or x.stride(0) == length * x.stride(1))
     dim = width // num_heads
     out = torch.empty(batch, length, num_heads, dim, dtype=torch.bfloat16)
     period = 1 if rotation is None else 2 * rotation.numel() // dim
